@@ -1,0 +1,269 @@
+"""A name becomes a Backbone. The only place that knows prefix tokens, patch sizes, normalisation and position tables."""
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import is_model_in_modules
+from torch import Tensor, nn
+
+from vitregs import results
+from vitregs.problems import Problem, unknown
+
+ZOO = results.ROOT / "data" / "zoo"
+VIT_MODULES = {"vision_transformer", "deit", "eva", "beit"}  # timm's files whose models keep one grid of patch tokens
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a published family and cannot be read from its weights."""
+
+    cutoff: float | None = None  # outlier cut-off on last-layer norms that a publication names
+    cutoff_source: str = ""
+    antialias: bool = True  # how its authors resize the position table
+
+
+# Matched by prefix, the first that fits. DINOv2 without registers was trained and released without anti-aliasing.
+FACTS: dict[str, Facts] = {
+    "vit_giant_patch14_dinov2": Facts(150.0, "Darcet et al., section 2.1", antialias=False),
+    "vit_large_patch14_dinov2": Facts(antialias=False),
+    "vit_base_patch14_dinov2": Facts(antialias=False),
+    "vit_small_patch14_dinov2": Facts(antialias=False),
+}
+
+
+@dataclass
+class Backbone:
+    """A frozen ViT with the facts needed to feed it pixels and to name its tokens."""
+
+    name: str
+    net: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]  # native (height, width) in pixels
+    crop: float  # share of the resized shorter side that the evaluation crop keeps
+    source: str  # where the weights come from, in words
+    weights: str  # SHA-256 of the weight file, or "random", or the hub's name
+    facts: Facts = field(default_factory=Facts)
+
+    def __post_init__(self) -> None:
+        self.net.eval().requires_grad_(False)
+        embed: Any = self.net.patch_embed
+        self.patch_size: tuple[int, int] = tuple(embed.patch_size)
+        self.registers = int(getattr(self.net, "num_reg_tokens", 0) or _count(getattr(self.net, "reg_token", None)))
+        self.prefix = int(self.net.num_prefix_tokens)  # type: ignore[arg-type]
+        self.depth = len(self.net.blocks)  # type: ignore[arg-type]
+        self.width = int(self.net.embed_dim)  # type: ignore[arg-type]
+        table = getattr(self.net, "pos_embed", None)
+        self._table: Tensor | None = None if table is None else table.detach().clone()
+        self._table_grid: tuple[int, int] = tuple(embed.grid_size)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the weights."""
+        return next(self.net.parameters()).device
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the model carries a class token."""
+        return self.prefix > self.registers
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Patch grid of a picture: (height, width) in pixels → (rows, columns).
+
+        Raises Problem if the size is not a multiple of the patch size.
+        """
+        (height, width), (p, q) = size, self.patch_size
+        if height % p or width % q or not height or not width:
+            fits = max(1, round(height / p)) * p, max(1, round(width / q)) * q
+            raise Problem(
+                f"image size {height}x{width} is not a multiple of the patch size {p} of {self.name}: "
+                f"the nearest that fits is {fits[0]}x{fits[1]}"
+            )
+        return height // p, width // q
+
+    def kinds(self, grid: tuple[int, int]) -> list[str]:
+        """Kinds of all tokens in the order of the sequence: grid → names from results.KINDS."""
+        return ["cls"] * (self.prefix - self.registers) + ["register"] * self.registers + ["patch"] * (grid[0] * grid[1])
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Shift and scale pixels as in training: (n, 3, H, W) in [0, 1] → the same shape, on the model's device."""
+        pixels = pixels.to(self.device)
+        mean, std = (pixels.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def fit(self, size: tuple[int, int]) -> None:
+        """Set the model to a picture size: (height, width) in pixels; the position table is resized from the original.
+
+        Bicubic, with anti-aliasing unless the model's authors resize without (`facts.antialias`).
+        """
+        grid = self.grid(size)
+        embed: Any = self.net.patch_embed
+        if tuple(embed.grid_size) == grid:
+            return
+        if not hasattr(self.net, "set_input_size"):
+            raise Problem(f"{self.name} takes pictures of {self.size[0]}x{self.size[1]} pixels only")
+        self.net.set_input_size(img_size=size)  # type: ignore[operator]
+        if self._table is not None:
+            table = resample_abs_pos_embed(
+                self._table.to(self.device),
+                new_size=list(grid),
+                old_size=list(self._table_grid),
+                num_prefix_tokens=self._table.shape[1] - self._table_grid[0] * self._table_grid[1],
+                antialias=self.facts.antialias,
+            )
+            self.net.pos_embed = nn.Parameter(table.clone(), requires_grad=False)
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """Fit the model to the pixels and normalise them: (n, 3, H, W) in [0, 1] → network input."""
+        self.fit((pixels.shape[-2], pixels.shape[-1]))
+        return self.normalise(pixels)
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Class scores of the trained head: (n, 3, H, W) in [0, 1] → (n, classes)."""
+        return self.net(self.prepare(pixels))
+
+
+def _count(token: Tensor | None) -> int:
+    return 0 if token is None else int(token.shape[1])
+
+
+def zoo() -> list[str]:
+    """Names of our own trained models."""
+    return sorted(p.parent.name for p in ZOO.glob("*/recipe.json"))
+
+
+@cache
+def published() -> tuple[str, ...]:
+    """Names of every timm ViT that `load` can take, pretrained tags included."""
+    return tuple(n for n in timm.list_models() if is_model_in_modules(n, VIT_MODULES))
+
+
+def check(name: str) -> None:
+    """Raise Problem unless `load` knows the name and it belongs to a ViT; nothing is loaded."""
+    if name in zoo():
+        return
+    bare = name.split(".")[0]
+    if not timm.is_model(bare):
+        raise unknown("model", name, [*zoo(), *published()])
+    if not is_model_in_modules(bare, VIT_MODULES):
+        raise Problem(f"{name} is not a plain ViT: it has no single grid of patch tokens to measure")
+
+
+def pick_device(device: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda", … into a device. Raises Problem if this machine has no such device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Problem(f"device {device!r} is not available here: use auto or cpu") from error
+
+
+def load(name: str, *, weights: str | Path | None = None, device: str = "auto") -> Backbone:
+    """Load a ViT by name: zoo name or timm name, a weight file instead of the hub's, device → Backbone.
+
+    Raises Problem for unknown names, models that are not ViTs, unreadable or unfitting weights, and no network.
+    """
+    check(name)
+    target = pick_device(device)
+    if name in zoo():
+        backbone = _from_zoo(name)
+    else:
+        backbone = _from_timm(name, None if weights is None else Path(weights))
+    backbone.net.to(target)
+    return backbone
+
+
+def random(name: str, *, seed: int = 0, **options: Any) -> Backbone:
+    """Make a timm ViT with random weights, for tests and for chance levels: name, seed, timm's options → Backbone."""
+    check(name)
+    torch.manual_seed(seed)
+    return _wrap(name, timm.create_model(name, pretrained=False, **options), "random weights", f"random, seed {seed}")
+
+
+def _wrap(name: str, net: nn.Module, source: str, weights: str) -> Backbone:
+    data = timm.data.resolve_model_data_config(net)
+    facts = next((f for prefix, f in FACTS.items() if name.startswith(prefix)), Facts())
+    return Backbone(
+        name, net, data["mean"], data["std"], tuple(data["input_size"][1:]), data["crop_pct"], source, weights, facts
+    )
+
+
+def _from_timm(name: str, file: Path | None) -> Backbone:
+    if file is None:
+        try:
+            net = timm.create_model(name, pretrained=True)
+        except Exception as error:  # hub clients raise many kinds, and all mean the same to the user
+            raise Problem(
+                f"cannot fetch the weights of {name} from the hub (no network, or none are published): "
+                "give a local file with --weights"
+            ) from error
+        return _wrap(name, net, "hub", str(net.pretrained_cfg.get("hf_hub_id") or name))
+    state = read_weights(file)
+    net = timm.create_model(name, pretrained=False)
+    _fill(net, state, file, name)
+    return _wrap(name, net, file.name, results.file_hash(file))
+
+
+def _from_zoo(name: str) -> Backbone:
+    folder = ZOO / name
+    card = json.loads((folder / "recipe.json").read_text())
+    file = folder / "weights.safetensors"
+    state = read_weights(file)
+    found = results.file_hash(file)
+    if found != card["weights"]:
+        raise Problem(f"{file} does not have the hash in its recipe: fetch the repository's data again")
+    net = timm.models.VisionTransformer(**card["vit"])
+    _fill(net, state, file, name)
+    size = card["vit"]["img_size"]
+    mean, std = tuple(card["mean"]), tuple(card["std"])
+    return Backbone(name, net, mean, std, (size, size), 1.0, f"zoo, {card['recipe']['objective']}", found)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Read tensors from .safetensors or, without running any code in it, from a PyTorch checkpoint: path → state.
+
+    Raises Problem for a missing, truncated or unsafe file.
+    """
+    if not file.is_file():
+        raise Problem(f"no weight file at {file}")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zipfile and unpickler errors have no common parent
+        what = "holds code besides tensors, which is never run" if "weights_only" in str(error) else "is damaged"
+        raise Problem(f"cannot read weights from {file}: the file {what}") from error
+    for key in ("teacher", "model", "state_dict"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise Problem(f"cannot read weights from {file}: it holds no table of tensors")
+    return state
+
+
+def _fill(net: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> None:
+    """Put a state into a network, converting the authors' own key names by timm's filter where ours do not match."""
+    wanted = net.state_dict()
+    if set(state) != set(wanted) and hasattr(timm.models, type(net).__module__.rsplit(".", 1)[-1]):
+        convert = getattr(getattr(timm.models, type(net).__module__.rsplit(".", 1)[-1]), "checkpoint_filter_fn", None)
+        state = convert(dict(state), net) if convert else state
+    missing = sorted(set(wanted) - set(state) - {k for k in wanted if k.startswith(("head.", "fc_norm."))})
+    if missing:
+        raise Problem(f"{file} does not fit {name}: {len(missing)} tensors are missing, {missing[0]!r} first")
+    wrong = [k for k, v in wanted.items() if k in state and state[k].shape != v.shape]
+    if wrong:
+        k = wrong[0]
+        raise Problem(
+            f"{file} does not fit {name}: {k!r} has shape {tuple(state[k].shape)}, not {tuple(wanted[k].shape)}"
+        )
+    net.load_state_dict({k: v.float() for k, v in state.items() if k in wanted}, strict=False)

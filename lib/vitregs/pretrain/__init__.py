@@ -1,0 +1,1 @@
+"""Pre-training of small ViTs, without and with registers."""
