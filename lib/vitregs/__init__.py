@@ -1,0 +1,6 @@
+"""The library behind an executable companion to "Vision Transformers Need Registers"."""
+
+import warnings
+
+# tqdm looks for notebook widgets when `datasets` and hub clients import it; plain bars serve as well
+warnings.filterwarnings("ignore", message="IProgress not found")

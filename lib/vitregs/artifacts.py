@@ -1,7 +1,15 @@
-"""From token norms to outliers."""
+"""From token norms to outliers: ratios, labels, positions, neighbours. Plain arrays with labels, no torch."""
+
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import xarray as xr
+from numpy.typing import ArrayLike
+
+from vitregs import cutoffs
+from vitregs.cutoffs import LEAST_RATIO, Cutoff
+from vitregs.problems import Problem
 
 
 def patches(array: xr.DataArray) -> xr.DataArray:
@@ -22,3 +30,171 @@ def top_ratio(norms: xr.DataArray, share: float = 0.01) -> xr.DataArray:
     axis = patch.get_axis_num("token")
     top = np.sort(patch.values, axis)[(slice(None),) * axis + (slice(-count, None),)]
     return patch.median("token").copy(data=top.mean(axis) / np.median(patch.values, axis))
+
+
+def cutoff(norms: xr.DataArray, value: float | None = None, source: str = "named by hand") -> Cutoff:
+    """Find where outliers begin among the patch norms of one layer, or take a named value: [image, token] → Cutoff.
+
+    The statistical rule can answer "none"; the paper's 150 holds for DINOv2 ViT-g alone (section 2.1).
+    """
+    if "layer" in norms.dims:
+        raise Problem("a cut-off belongs to one layer: select it first")
+    values = patches(norms).values
+    return cutoffs.find(values) if value is None else cutoffs.fixed(values, value, source)
+
+
+def outliers(norms: xr.DataArray, cut: Cutoff) -> xr.DataArray:
+    """Mark tokens whose norm is above the cut-off; where there is no cut-off, none is: same dims, bool."""
+    return (norms > (np.inf if cut.value is None else cut.value)).rename("outlier")
+
+
+def by_layer(norms: xr.DataArray, fixed: float | None = None) -> pd.DataFrame:
+    """Evidence for artifacts at every layer: [image, layer, token], a fixed cut-off if one is named → a row per layer.
+
+    Columns: median norm, largest (median over pictures of largest / median), top1 (of top-1-% mean / median); and of the
+    second mode, if there is one: cutoff (nan if it is minor), share of tokens, separation, ratio to the median.
+    """
+    rows = []
+    large, top = largest_ratio(norms).median("image"), top_ratio(norms).median("image")
+    for layer in norms["layer"].values:
+        at = norms.sel(layer=layer)
+        cut = cutoff(at, fixed)
+        rows.append(
+            {
+                "layer": int(layer),
+                "median": float(patches(at).median()),
+                "largest": float(large.sel(layer=layer)),
+                "top1": float(top.sel(layer=layer)),
+                "cutoff": np.nan if cut.value is None else cut.value,
+                "share": cut.share,
+                "separation": cut.separation,
+                "ratio": cut.ratio,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+CERTAIN_RATIO = 4.0  # a second mode this far above the median norm is an artifact beyond doubt
+QUIET_RATIO = 4.0  # without a mode, and with largest / median below this everywhere, there is none
+
+
+def verdict(layers: pd.DataFrame) -> tuple[str, int, str]:
+    """Decide from `by_layer`'s table: → ("artifacts" | "none" | "inconclusive", layer of the strongest evidence, why).
+
+    The strongest layer decides, not the last: in small ViTs the middle blocks show what the last one hides.
+    """
+    deep = layers[layers.layer > 0]  # layer 0 is the stem: bright or busy patches, not yet the network's doing
+    moded = deep[deep["cutoff"].notna() & (deep["share"] > 0)]
+    if len(moded):
+        best = moded.loc[moded.ratio.idxmax()]
+        held = f"{100 * best.share:.2f} % of the patch tokens"
+        text = (
+            f"an outlier mode {best.ratio:.1f} x the median norm holds {held} (separation {best.separation:.1f})"
+            if best.separation
+            else f"{held} lie above the named cut-off, typically at {best.ratio:.1f} x the median norm"
+        )
+        return ("artifacts" if best.ratio >= CERTAIN_RATIO else "inconclusive"), int(best.layer), text
+    best = deep.loc[deep.largest.idxmax()]
+    text = f"no outlier mode at any layer; the largest norm is {best.largest:.1f} x the median in a typical picture"
+    minor = deep[deep.share > 0]
+    if len(minor):
+        row = minor.loc[minor.ratio.idxmax()]
+        text += (
+            f"; a minor mode at {row.ratio:.1f} x, under the {LEAST_RATIO} x that the rule asks for, "
+            f"holds {100 * row.share:.1f} % at layer {row.layer:.0f}"
+        )
+    return ("none" if best.largest < QUIET_RATIO else "inconclusive"), int(best.layer), text
+
+
+def occupancy(marked: xr.DataArray) -> xr.DataArray:
+    """Share of pictures in which each grid position is an outlier: bool [image, token] → [y, x] (Fig 10)."""
+    patch = patches(marked)
+    rows, columns = int(patch.y.max()) + 1, int(patch.x.max()) + 1
+    return xr.DataArray(patch.mean("image").values.reshape(rows, columns), dims=("y", "x"), name="occupancy")
+
+
+def neighbour_similarity(stem: xr.DataArray) -> xr.DataArray:
+    """Mean cosine similarity of each patch to its 4 neighbours (those that exist): [image, token, channel] → [image, token]
+    (Fig 5a, on patch embeddings before positions are added)."""
+    rows, columns = int(stem.y.max()) + 1, int(stem.x.max()) + 1
+    e = stem.transpose("image", "token", "channel").values
+    e = e / np.maximum(np.linalg.norm(e, axis=-1, keepdims=True), 1e-12)
+    e = e.reshape(len(e), rows, columns, -1)
+    total, count = np.zeros(e.shape[:3]), np.zeros((rows, columns))
+    for axis in (0, 1):
+        size = (rows, columns)[axis]
+        near, far = [slice(None)] * 2, [slice(None)] * 2
+        near[axis], far[axis] = slice(0, size - 1), slice(1, size)
+        cosine = (e[:, *near] * e[:, *far]).sum(-1)
+        for part in (near, far):
+            total[:, *part] += cosine
+            count[*part] += 1
+    if not count.all():
+        raise Problem("a grid of one patch has no neighbours")
+    mean = (total / count).reshape(len(e), -1)
+    coords = {k: v for k, v in stem.coords.items() if "channel" not in v.dims}
+    return xr.DataArray(mean, dims=("image", "token"), coords=coords, name="similarity")
+
+
+def share_by_group(marked: xr.DataArray, group: np.ndarray, names: Sequence[str], *, draws: int = 1000) -> pd.DataFrame:
+    """Share of outliers among groups of patches, with a bootstrap over pictures: bool [image, token], group index of
+    each patch (image, patch) (-1 leaves it out), names → rows with share, low, high (95 %; nan without tokens), tokens.
+    """
+    patch = patches(marked).transpose("image", "token").values
+    rng = np.random.default_rng(0)
+    pick = rng.integers(0, len(patch), (draws, len(patch)))
+    rows = []
+    for g, name in enumerate(names):
+        here = group == g
+        hits, total = (patch & here).sum(1), here.sum(1)
+        tokens = int(total.sum())
+        share, low, high = np.nan, np.nan, np.nan
+        if tokens:
+            drawn = total[pick].sum(1)
+            low, high = np.quantile(hits[pick].sum(1)[drawn > 0] / drawn[drawn > 0], [0.025, 0.975])
+            share = hits.sum() / tokens
+        rows.append({"group": name, "share": share, "low": low, "high": high, "tokens": tokens})
+    return pd.DataFrame(rows)
+
+
+def interval(values: ArrayLike, *, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean of per-picture values with a 95 % bootstrap interval: (pictures,) → mean, low, high."""
+    values = np.asarray(values, float)
+    pick = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(values[pick].mean(1), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def mark(norms: xr.DataArray, cut: Cutoff, share: float) -> tuple[xr.DataArray, str]:
+    """Mark outliers, or a stand-in where there are none: [image, token], its Cutoff, share of the stand-in → bool
+    [image, token] and what is marked, in words. The stand-in is the given share of patches with the largest norms.
+    """
+    if cut.value is not None:
+        return outliers(norms, cut), "outliers"
+    top = float(np.quantile(patches(norms).values, 1 - share))
+    return (norms > top).rename("stand-in"), f"top {100 * share:g} % of norms"
+
+
+def peak_share(attention: xr.DataArray) -> xr.DataArray:
+    """Part of the attention to patches that falls on the most attended one, mean over heads first:
+    [image, layer, head, query, token] → [image, layer, query]."""
+    mean = patches(attention).mean("head")
+    return (mean.max("token") / mean.sum("token")).rename("peak")
+
+
+def attention_on(attention: xr.DataArray, weight: np.ndarray) -> xr.DataArray:
+    """Part of the attention to patches that falls on a region: [image, …, token], weights of the patches (image, patch)
+    in [0, 1] → [image, …]."""
+    patch = patches(attention)
+    inside = xr.DataArray(weight, dims=("image", "token"))
+    return (patch * inside).sum("token") / patch.sum("token")
+
+
+def mass_mask(maps: np.ndarray, keep: float = 0.6) -> np.ndarray:
+    """The fewest cells that hold a share of each map's mass: (…, cells) → bool (…, cells) (DINO's own drawing)."""
+    order = np.argsort(-maps, axis=-1)
+    total = np.cumsum(np.take_along_axis(maps, order, -1), -1) / maps.sum(-1, keepdims=True)
+    before = np.concatenate([np.zeros_like(total[..., :1]), total[..., :-1]], -1)
+    mask = np.zeros(maps.shape, bool)
+    np.put_along_axis(mask, order, before < keep, -1)
+    return mask

@@ -1,6 +1,7 @@
-"""A name becomes a Backbone. The only place that knows prefix tokens, patch sizes, normalisation and position tables."""
+"""A name becomes a Backbone: the one place that knows prefix tokens, patch sizes, normalisation, position tables."""
 
 import json
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -8,15 +9,19 @@ from typing import Any
 
 import timm
 import torch
+import xarray as xr
 from timm.layers import resample_abs_pos_embed
-from timm.models import is_model_in_modules
+from timm.models import get_arch_pretrained_cfgs, is_model_in_modules
 from torch import Tensor, nn
 
 from vitregs import results
-from vitregs.problems import Problem, unknown
+from vitregs.problems import Problem, hub, unknown
 
 ZOO = results.ROOT / "data" / "zoo"
-VIT_MODULES = {"vision_transformer", "deit", "eva", "beit"}  # timm's files whose models keep one grid of patch tokens
+# timm's files whose models keep one grid of patch tokens
+VIT_MODULES = {"vision_transformer", "vision_transformer_relpos", "deit", "eva", "beit"}
+HEADS = ("head", "fc_norm.")  # parts that no measurement inside the network needs
+UNUSED = (*HEADS, "norm.", "mask_token", "decoder")  # parts of a checkpoint that a network may leave aside
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Backbone:
     facts: Facts = field(default_factory=Facts)
 
     def __post_init__(self) -> None:
+        """Freeze the network and read its facts."""
         self.net.eval().requires_grad_(False)
         embed: Any = self.net.patch_embed
         self.patch_size: tuple[int, int] = tuple(embed.patch_size)
@@ -59,9 +65,9 @@ class Backbone:
         self.prefix = int(self.net.num_prefix_tokens)  # type: ignore[arg-type]
         self.depth = len(self.net.blocks)  # type: ignore[arg-type]
         self.width = int(self.net.embed_dim)  # type: ignore[arg-type]
-        table = getattr(self.net, "pos_embed", None)
-        self._table: Tensor | None = None if table is None else table.detach().clone()
-        self._table_grid: tuple[int, int] = tuple(embed.grid_size)
+        state = self.net.state_dict()
+        self._tables = {k: v.clone() for k, v in state.items() if k == "pos_embed" or "relative_position_bias" in k}
+        self._native: tuple[int, int] = tuple(embed.grid_size)
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +95,8 @@ class Backbone:
 
     def kinds(self, grid: tuple[int, int]) -> list[str]:
         """Kinds of all tokens in the order of the sequence: grid → names from results.KINDS."""
-        return ["cls"] * (self.prefix - self.registers) + ["register"] * self.registers + ["patch"] * (grid[0] * grid[1])
+        rows, columns = grid
+        return ["cls"] * (self.prefix - self.registers) + ["register"] * self.registers + ["patch"] * (rows * columns)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Shift and scale pixels as in training: (n, 3, H, W) in [0, 1] → the same shape, on the model's device."""
@@ -98,9 +105,10 @@ class Backbone:
         return (pixels - mean) / std
 
     def fit(self, size: tuple[int, int]) -> None:
-        """Set the model to a picture size: (height, width) in pixels; the position table is resized from the original.
+        """Set the model to a picture size: (height, width) in pixels; position tables are resized from the original.
 
-        Bicubic, with anti-aliasing unless the model's authors resize without (`facts.antialias`).
+        Bicubic, with anti-aliasing unless the model's authors resize without (`facts.antialias`). Raises Problem if the
+        size is not a multiple of the patch size.
         """
         grid = self.grid(size)
         embed: Any = self.net.patch_embed
@@ -108,25 +116,38 @@ class Backbone:
             return
         if not hasattr(self.net, "set_input_size"):
             raise Problem(f"{self.name} takes pictures of {self.size[0]}x{self.size[1]} pixels only")
-        self.net.set_input_size(img_size=size)  # type: ignore[operator]
-        if self._table is not None:
-            table = resample_abs_pos_embed(
-                self._table.to(self.device),
-                new_size=list(grid),
-                old_size=list(self._table_grid),
-                num_prefix_tokens=self._table.shape[1] - self._table_grid[0] * self._table_grid[1],
-                antialias=self.facts.antialias,
-            )
-            self.net.pos_embed = nn.Parameter(table.clone(), requires_grad=False)
+        net: Any = self.net
+        if tuple(embed.grid_size) != self._native:  # from the original, so that no resizing adds to another
+            net.set_input_size(img_size=[n * p for n, p in zip(self._native, self.patch_size, strict=True)])
+            net.load_state_dict(self._tables, strict=False)
+        if grid != self._native:
+            net.set_input_size(img_size=size)
+            if (table := self._tables.get("pos_embed")) is not None:
+                table = resample_abs_pos_embed(
+                    table.to(self.device),
+                    new_size=list(grid),
+                    old_size=list(self._native),
+                    num_prefix_tokens=table.shape[1] - self._native[0] * self._native[1],
+                    antialias=self.facts.antialias,
+                )
+                net.pos_embed = nn.Parameter(table)
+        net.requires_grad_(False)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Fit the model to the pixels and normalise them: (n, 3, H, W) in [0, 1] → network input."""
+        """Fit the model to the pixels and normalise them: (n, 3, H, W) in [0, 1] → network input.
+
+        Raises Problem for other shapes and for sizes that are not a multiple of the patch size.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise Problem(f"pixels must have the shape (n, 3, height, width), not {tuple(pixels.shape)}")
         self.fit((pixels.shape[-2], pixels.shape[-1]))
         return self.normalise(pixels)
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        """Class scores of the trained head: (n, 3, H, W) in [0, 1] → (n, classes)."""
+        """Class scores of the trained head: (n, 3, H, W) in [0, 1] → (n, classes). Raises Problem without a head."""
+        if not self.net.num_classes:
+            raise Problem(f"{self.name} has no trained head: it names no classes")
         return self.net(self.prepare(pixels))
 
 
@@ -141,7 +162,7 @@ def zoo() -> list[str]:
 
 @cache
 def published() -> tuple[str, ...]:
-    """Names of every timm ViT that `load` can take, pretrained tags included."""
+    """Names of every timm ViT that `load` can take, without the tags of their weights."""
     return tuple(n for n in timm.list_models() if is_model_in_modules(n, VIT_MODULES))
 
 
@@ -154,6 +175,9 @@ def check(name: str) -> None:
         raise unknown("model", name, [*zoo(), *published()])
     if not is_model_in_modules(bare, VIT_MODULES):
         raise Problem(f"{name} is not a plain ViT: it has no single grid of patch tokens to measure")
+    tags = get_arch_pretrained_cfgs(bare)
+    if "." in name and name not in tags:
+        raise unknown("weights", name, tags)
 
 
 def pick_device(device: str) -> torch.device:
@@ -167,17 +191,20 @@ def pick_device(device: str) -> torch.device:
         raise Problem(f"device {device!r} is not available here: use auto or cpu") from error
 
 
+def history(name: str) -> xr.Dataset | None:
+    """What was watched while a zoo model trained: name → Dataset, or None for a model of others."""
+    return results.load(ZOO / name / "history.nc") if name in zoo() else None
+
+
 def load(name: str, *, weights: str | Path | None = None, device: str = "auto") -> Backbone:
-    """Load a ViT by name: zoo name or timm name, a weight file instead of the hub's, device → Backbone.
+    """Load a ViT by name: zoo name or timm name, a weight file instead of the published one, device → Backbone.
 
     Raises Problem for unknown names, models that are not ViTs, unreadable or unfitting weights, and no network.
     """
     check(name)
     target = pick_device(device)
-    if name in zoo():
-        backbone = _from_zoo(name)
-    else:
-        backbone = _from_timm(name, None if weights is None else Path(weights))
+    file = None if weights is None else Path(weights).expanduser()
+    backbone = _from_zoo(name, file) if name in zoo() else _from_timm(name, file)
     backbone.net.to(target)
     return backbone
 
@@ -185,8 +212,10 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "auto") 
 def random(name: str, *, seed: int = 0, **options: Any) -> Backbone:
     """Make a timm ViT with random weights, for tests and for chance levels: name, seed, timm's options → Backbone."""
     check(name)
-    torch.manual_seed(seed)
-    return _wrap(name, timm.create_model(name, pretrained=False, **options), "random weights", f"random, seed {seed}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = timm.create_model(name, pretrained=False, **options)
+    return _wrap(name, net, "random weights", f"random, seed {seed}")
 
 
 def _wrap(name: str, net: nn.Module, source: str, weights: str) -> Backbone:
@@ -200,7 +229,8 @@ def _wrap(name: str, net: nn.Module, source: str, weights: str) -> Backbone:
 def _from_timm(name: str, file: Path | None) -> Backbone:
     if file is None:
         try:
-            net = timm.create_model(name, pretrained=True)
+            with hub():
+                net: Any = timm.create_model(name, pretrained=True)
         except Exception as error:  # hub clients raise many kinds, and all mean the same to the user
             raise Problem(
                 f"cannot fetch the weights of {name} from the hub (no network, or none are published): "
@@ -213,19 +243,24 @@ def _from_timm(name: str, file: Path | None) -> Backbone:
     return _wrap(name, net, file.name, results.file_hash(file))
 
 
-def _from_zoo(name: str) -> Backbone:
+def _from_zoo(name: str, given: Path | None) -> Backbone:
     folder = ZOO / name
-    card = json.loads((folder / "recipe.json").read_text())
-    file = folder / "weights.safetensors"
+    try:
+        card = json.loads((folder / "recipe.json").read_text())
+        net = timm.models.VisionTransformer(**card["vit"])
+        size, mean, std = card["vit"]["img_size"], tuple(card["mean"]), tuple(card["std"])
+        wanted, source = card["weights"], f"zoo, {card['recipe']['objective']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem(
+            f"{folder / 'recipe.json'} is not a recipe of the zoo: fetch the repository's data again"
+        ) from error
+    file = given or folder / "weights.safetensors"
     state = read_weights(file)
     found = results.file_hash(file)
-    if found != card["weights"]:
+    if given is None and found != wanted:
         raise Problem(f"{file} does not have the hash in its recipe: fetch the repository's data again")
-    net = timm.models.VisionTransformer(**card["vit"])
     _fill(net, state, file, name)
-    size = card["vit"]["img_size"]
-    mean, std = tuple(card["mean"]), tuple(card["std"])
-    return Backbone(name, net, mean, std, (size, size), 1.0, f"zoo, {card['recipe']['objective']}", found)
+    return Backbone(name, net, mean, std, (size, size), 1.0, given.name if given else source, found)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -242,7 +277,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zipfile and unpickler errors have no common parent
-        what = "holds code besides tensors, which is never run" if "weights_only" in str(error) else "is damaged"
+        code = "Unsupported global" in str(error) or "Unsupported class" in str(error)
+        what = "holds code besides tensors, which is never run" if code else "is damaged"
         raise Problem(f"cannot read weights from {file}: the file {what}") from error
     for key in ("teacher", "model", "state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else state
@@ -251,15 +287,25 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _fill(net: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> None:
-    """Put a state into a network, converting the authors' own key names by timm's filter where ours do not match."""
-    wanted = net.state_dict()
-    if set(state) != set(wanted) and hasattr(timm.models, type(net).__module__.rsplit(".", 1)[-1]):
-        convert = getattr(getattr(timm.models, type(net).__module__.rsplit(".", 1)[-1]), "checkpoint_filter_fn", None)
-        state = convert(dict(state), net) if convert else state
-    missing = sorted(set(wanted) - set(state) - {k for k in wanted if k.startswith(("head.", "fc_norm."))})
+def _fill(net: Any, state: dict[str, Tensor], file: Path, name: str) -> None:
+    """Put a state into a network, converting the authors' own key names by timm's filter where ours do not match.
+
+    A network whose head is not in the state loses it: a head with random weights would answer without warning.
+    """
+    wanted: dict[str, Tensor] = net.state_dict()
+    convert: Any = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    if set(state) != set(wanted) and convert:
+        try:
+            state = convert(dict(state), net)
+        except Exception as error:  # timm's filters take the right names for granted
+            raise Problem(f"{file} does not fit {name}: its tensors are those of another model") from error
+    lost = [k for k in wanted if k not in state and k.startswith(HEADS)]
+    missing = sorted(set(wanted) - set(state) - set(lost))
     if missing:
         raise Problem(f"{file} does not fit {name}: {len(missing)} tensors are missing, {missing[0]!r} first")
+    homeless = sorted(k for k in set(state) - set(wanted) if not k.startswith(UNUSED))
+    if homeless:
+        raise Problem(f"{file} does not fit {name}: {len(homeless)} tensors have no place in it, {homeless[0]!r} first")
     wrong = [k for k, v in wanted.items() if k in state and state[k].shape != v.shape]
     if wrong:
         k = wrong[0]
@@ -267,3 +313,5 @@ def _fill(net: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> No
             f"{file} does not fit {name}: {k!r} has shape {tuple(state[k].shape)}, not {tuple(wanted[k].shape)}"
         )
     net.load_state_dict({k: v.float() for k, v in state.items() if k in wanted}, strict=False)
+    if lost:
+        net.reset_classifier(0)

@@ -15,15 +15,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from vitregs import scenes
-from vitregs.problems import Problem
+from vitregs.problems import Problem, hub
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("validation", "valid", "val", "test", "train")  # the first that exists is the default
 LABELS, BOXES, MASKS = ("label", "fine_label", "labels"), ("boxes", "box"), ("mask", "annotation")
+FIRST_SCENE = 2**41  # far behind every scene that a training run sees
 SHUFFLE = 1000  # pictures in the shuffle buffer of a source that can only be streamed
 
 
@@ -85,6 +86,7 @@ class Hub:
     """A `datasets` source: local parquet files (random access on disk) or a hub name (streamed)."""
 
     def __init__(self, name: str, split: str | None) -> None:
+        """Open a source: a parquet file, a folder of them or a hub name, and its split (None: the first of SPLITS)."""
         self.name = name
         path = Path(name)
         files = [path] if path.is_file() else sorted(path.glob("*.parquet")) if path.is_dir() else []
@@ -93,10 +95,9 @@ class Hub:
         except Problem:
             raise
         except Exception as error:  # hub clients and parquet readers raise many kinds
-            raise Problem(
-                f"cannot load pictures from {name!r}: not a folder or parquet file here, and not a data set that the hub "
-                "gives (no network, or no such name)"
-            ) from error
+            what = "it is not parquet, or damaged" if files else "nothing of that name here, and the hub gives no data "
+            what += "" if files else "set of that name (no network, or no such name)"
+            raise Problem(f"cannot load pictures from {name!r}: {what}") from error
         columns = list(self.rows.features or {})
         if "image" not in columns and "img" not in columns:
             raise Problem(f"{name} has no image column, only {', '.join(columns)}")
@@ -106,7 +107,7 @@ class Hub:
         for key in [self.column, *(m for m in MASKS if m in columns)]:
             self.rows = self.rows.cast_column(key, datasets.Image(decode=False))
         self.keys = [next((k for k in options if k in columns), None) for options in (LABELS, BOXES, MASKS)]
-        facts = [(f.name, f.stat().st_size) for f in files] or [name]
+        facts: list[object] = [(f.name, f.stat().st_size) for f in files] or [name]
         self.fingerprint = hashlib.sha256(repr([facts, self.split]).encode()).hexdigest()[:12]
 
     def _local(self, files: list[Path], split: str | None) -> tuple[Any, str]:
@@ -117,13 +118,14 @@ class Hub:
             groups.setdefault(file.name.split("-")[0].removesuffix(".parquet"), []).append(str(file))
         chosen = _split(split, list(groups), self.name)
         datasets.disable_progress_bars()
-        return datasets.load_dataset("parquet", data_files=groups[chosen], split="train"), chosen
+        return datasets.Dataset.from_parquet(groups[chosen]), chosen  # load_dataset would report to the hub
 
     def _remote(self, split: str | None) -> tuple[Any, str]:
         import datasets
 
-        chosen = _split(split, datasets.get_dataset_split_names(self.name), self.name)
-        return datasets.load_dataset(self.name, split=chosen, streaming=True), chosen
+        with hub():
+            chosen = _split(split, datasets.get_dataset_split_names(self.name), self.name)
+            return datasets.load_dataset(self.name, split=chosen, streaming=True), chosen
 
     def items(self, count: int | None, seed: int) -> Iterator[Item]:
         """Yield pictures in the order drawn by the seed."""
@@ -175,6 +177,8 @@ class Images:
 
         Raises Problem if not one can be decoded; warns at the end if some could not.
         """
+        if batch < 1:
+            raise Problem(f"batch must be 1 or more, not {batch}")
         if self.source is None:
             yield from self._scenes(batch)
             return
@@ -184,7 +188,8 @@ class Images:
             good = [item for item in map(self._decode, chunk) if item is not None]
             done += len(good)
             if good:
-                yield Batch(torch.stack([g[1] for g in good]), *map(list, zip(*[(g[0], *g[2:]) for g in good], strict=True)))
+                names, pixels, labels, boxes, masks = map(list, zip(*good, strict=True))
+                yield Batch(torch.stack(pixels), names, labels, boxes, masks)
         if not done:
             raise Problem(f"not one picture of {self.name} can be decoded ({len(self.skipped)} tried)")
         if self.skipped:
@@ -198,7 +203,7 @@ class Images:
         total = self.count or 1000
         for first in range(0, total, batch):
             n = min(batch, total - first)
-            truth = scenes.render(n, self.size, seed=self.seed, first=first, difficulty=self.difficulty)
+            truth = scenes.render(n, self.size, seed=self.seed, first=FIRST_SCENE + first, difficulty=self.difficulty)
             boxes = [b[b.isfinite().all(1)].numpy() for b in truth.boxes]
             names = [f"scene {i}" for i in range(first, first + n)]
             yield Batch(truth.pixels, names, truth.label.tolist(), boxes, list(truth.semantic.numpy()), truth)
@@ -207,10 +212,12 @@ class Images:
         try:
             picture = decode(item.data)
             mask = None if not item.mask else _open(item.mask.get("bytes") or Path(item.mask["path"]))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            boxes = np.asarray(item.boxes if item.boxes is not None else [], np.float32).reshape(-1, 4)
+            if mask is not None and (mask.size != picture.size or len(mask.getbands()) > 1):
+                raise ValueError("the mask is not one class per pixel of the picture")
+        except (OSError, ValueError, TypeError):
             self.skipped.append(item.name)
             return None
-        boxes = np.asarray(item.boxes if item.boxes is not None else [], np.float32).reshape(-1, 4)
         pixels, scale, corner = fit(picture, self.size, self.crop, Image.Resampling.BICUBIC)
         array = torch.from_numpy(np.asarray(pixels, np.float32) / 255).permute(2, 0, 1)
         labels = None if mask is None else np.asarray(fit(mask, self.size, self.crop, Image.Resampling.NEAREST)[0])
@@ -222,20 +229,26 @@ class Images:
 
 def _open(data: bytes | Path) -> Image.Image:
     try:
-        picture = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        picture = Image.open(io.BytesIO(data if isinstance(data, bytes) else data.read_bytes()))
         picture.load()
-    except UnidentifiedImageError as error:
-        raise OSError("not a picture") from error
-    return picture
+        return ImageOps.exif_transpose(picture)
+    except Exception as error:  # the decoders of damaged data raise many kinds
+        raise OSError("not a picture, or a damaged one") from error
 
 
 def decode(data: bytes | Path) -> Image.Image:
-    """Decode a picture to upright RGB: bytes or path → image. Raises OSError for damaged data."""
-    picture = ImageOps.exif_transpose(_open(data))
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits of grey
-        grey = np.asarray(picture, np.float64)
-        top = 65535.0 if grey.max() > 255 else 255.0
-        picture = Image.fromarray((grey / top * 255).clip(0, 255).astype(np.uint8))
+    """Decode a picture to upright RGB: bytes or path → image. Raises OSError for damaged data.
+
+    Greys of 16 bits are scaled to 8; transparency is dropped.
+    """
+    picture = _open(data)
+    if picture.mode.startswith("I"):  # 16 bits of grey, in 16 or 32
+        grey = np.asarray(picture, np.float64) / 257
+        picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    elif picture.mode == "F":  # floats of unknown range: 0 to 1, 255 or 65535
+        grey = np.nan_to_num(np.asarray(picture, np.float64))
+        top = next((t for t in (1.0, 255.0) if grey.max() <= t), 65535.0)
+        picture = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
     return picture.convert("RGBA").convert("RGB") if picture.mode == "P" else picture.convert("RGB")
 
 
@@ -245,7 +258,7 @@ def fit(
     """Resize and crop the centre as timm's evaluation does: picture, (height, width), share kept, resampling → picture,
     scale (y, x) and corner (y, x) of the crop in resized pixels."""
     height, width = size
-    factor = max(height / crop / picture.height, width / crop / picture.width)
+    factor = max(int(height / crop) / picture.height, int(width / crop) / picture.width)
     tall, wide = max(height, int(picture.height * factor + 1e-6)), max(width, int(picture.width * factor + 1e-6))
     resized = picture.resize((wide, tall), how)
     top, left = round((tall - height) / 2), round((wide - width) / 2)
@@ -265,11 +278,15 @@ def load(
     """Open a source of pictures: "scenes", a folder, a parquet file or folder of them, or a hub name → Images.
 
     `size` in pixels (side or (height, width)); `count` limits the pictures; `seed` draws which. Raises Problem for
-    sources that do not exist or hold no pictures.
+    sources that do not exist or hold no pictures, and for sizes, counts, splits and crops that make no sense.
     """
     shape = (size, size) if isinstance(size, int) else size
+    if min(shape) < 1:
+        raise Problem(f"size must be 1 pixel or more, not {shape[0]}x{shape[1]}")
     if count is not None and count < 1:
         raise Problem(f"count must be 1 or more, not {count}")
+    if not 0 < crop <= 1:
+        raise Problem(f"crop must be a share above 0 and up to 1, not {crop}")
     found: Source | None = None
     if source != "scenes":
         path = Path(source).expanduser()

@@ -1,15 +1,22 @@
-"""What a user can get wrong, said in one line."""
+"""What a user can get wrong, said in one line; and the network, which may be away."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from threading import Thread
 
 
 class Problem(ValueError):
     """A mistake in the input, with a message of one line that a person can act on."""
 
+    def __init__(self, message: str) -> None:
+        """Keep the message on one line, whatever it quotes."""
+        super().__init__(" ".join(message.split()))
+
 
 def unknown(what: str, name: object, choices: Iterable[str]) -> Problem:
-    """Make the Problem for a name that does not exist: (what, name, choices) → Problem that names the nearest right one."""
+    """Make the Problem for a name that does not exist: what it names, the name, the right ones → Problem with the nearest."""
     choices = sorted(choices)
     near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     if near:
@@ -17,3 +24,41 @@ def unknown(what: str, name: object, choices: Iterable[str]) -> Problem:
     else:
         hint = "choose from " + ", ".join(choices[:12]) + (", …" if len(choices) > 12 else "")
     return Problem(f"unknown {what} {str(name)!r}: {hint}")
+
+
+def _answers(address: str, seconds: float) -> bool:
+    """Ask a server for any sign of life: address, patience → whether it came. A thread, as looking up a name can hang."""
+    from huggingface_hub.utils import get_session
+
+    heard: list[object] = []
+
+    def ask() -> None:
+        try:
+            heard.append(get_session().head(address, timeout=seconds))
+        except Exception:  # the HTTP library differs between hub versions; any failure means no answer
+            return
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(heard)
+
+
+@contextmanager
+def hub(seconds: float = 4.0) -> Iterator[bool]:
+    """Use the Hugging Face hub: patience in seconds → whether it answers.
+
+    If it does not, its clients work from their cache alone inside the block, where they would retry for a minute.
+    """
+    from huggingface_hub import constants
+
+    clients = [constants, *(m for m in [sys.modules.get("datasets.config")] if m)]
+    before = [m.HF_HUB_OFFLINE for m in clients]  # type: ignore[attr-defined]
+    alive = not any(before) and _answers(constants.ENDPOINT, seconds)
+    try:
+        for module in clients:
+            module.HF_HUB_OFFLINE = not alive  # type: ignore[attr-defined]
+        yield alive
+    finally:
+        for module, value in zip(clients, before, strict=True):
+            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]

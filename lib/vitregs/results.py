@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from safetensors import SafetensorError
 
-from vitregs.problems import Problem
+from vitregs.problems import Problem, unknown
 
 KINDS = ("cls", "register", "patch")
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,26 +30,35 @@ ROOT = Path(__file__).resolve().parents[2]
 def token_coords(kinds: Sequence[str], grid: tuple[int, int], dim: str = "token") -> dict[str, tuple[str, Any]]:
     """Label a token axis: kinds of all tokens, (rows, columns) of the patch grid → coordinates for xarray.
 
-    Raises Problem if the number of patches is not rows × columns.
+    Raises Problem for unknown kinds and if the number of patches is not rows × columns.
     """
-    kind = np.asarray(kinds)
+    kind = np.asarray(kinds, np.str_)
+    for name in set(kinds) - set(KINDS):
+        raise unknown("kind of token", name, KINDS)
     patch = kind == "patch"
     if patch.sum() != grid[0] * grid[1]:
         raise Problem(f"{patch.sum()} patch tokens do not fill a grid of {grid[0]}x{grid[1]}")
     y, x = np.full(len(kind), -1), np.full(len(kind), -1)
     y[patch], x[patch] = np.divmod(np.arange(patch.sum()), grid[1])
     rank = {k: np.cumsum(kind == k) - 1 for k in KINDS}
+    cls = ("cls", "dist", *(f"cls{n}" for n in range(2, len(kind))))
     label = [
-        f"{y[i]},{x[i]}" if k == "patch" else f"reg{rank[k][i]}" if k == "register" else ("cls", "dist")[rank[k][i]]
+        f"{y[i]},{x[i]}" if k == "patch" else f"reg{rank[k][i]}" if k == "register" else cls[rank[k][i]]
         for i, k in enumerate(kind)
     ]
     return {"kind": (dim, kind), "label": (dim, label), "y": (dim, y), "x": (dim, x)}
 
 
 def grid(array: xr.DataArray) -> xr.DataArray:
-    """Fold the patch tokens of an array (…, token) into maps (…, y, x); other kinds are dropped."""
+    """Fold the patch tokens of an array (…, token) into maps (…, y, x); other kinds are dropped.
+
+    Raises Problem unless the patches are all there, row after row.
+    """
     patches = array.isel(token=np.flatnonzero(array["kind"] == "patch"))
-    rows, columns = int(patches["y"].max()) + 1, int(patches["x"].max()) + 1
+    y, x = patches["y"].values, patches["x"].values
+    rows, columns = (int(v.max(initial=-1)) + 1 for v in (y, x))
+    if not len(y) or not np.array_equal(y * columns + x, np.arange(rows * columns)):
+        raise Problem(f"{len(y)} patch tokens do not fill a grid of {rows}x{columns} row after row")
     lead = [d for d in patches.dims if d != "token"]
     values = patches.transpose(*lead, "token").values
     folded = values.reshape(*values.shape[:-1], rows, columns)
@@ -75,15 +85,19 @@ def file_hash(path: Path) -> str:
 @cache
 def _commit() -> str:
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        except OSError:  # no git here
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return head + ("+changes" if head and git("status", "--porcelain", "--", "lib", "data") else "") or "unknown"
+    changed = head and git("status", "--porcelain", "--", "lib", "data/paper", "data/zoo")
+    return head + ("+changes" if changed else "") or "unknown"
 
 
 def provenance(**more: object) -> dict[str, str]:
-    """Say where a result comes from: further facts → names and values as text (code, commit, date, versions, machine)."""
+    """Say where a result comes from: further facts → names and values as text (code, commit, date, versions)."""
     facts: dict[str, object] = {
         "code": code_hash(),
         "commit": _commit(),
@@ -111,8 +125,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         spare.chmod(0o644)
         write(spare)
         os.replace(spare, path)
-    except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror or error}") from error
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch's writer and safetensors' have errors of their own
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise Problem(f"cannot write {path}: {reason}") from error
     finally:
         if spare is not None:
             spare.unlink(missing_ok=True)
@@ -143,6 +162,7 @@ def stored(
     """Measure once, redraw anywhere: path, how to measure, what the measurement depends on → Dataset.
 
     The file is used only if it was written for the same key by the same code; its attributes carry the provenance.
+    Raises Problem if it cannot be written.
     """
     stamp = json.dumps({**key, "code": code_hash()}, sort_keys=True, default=str)
     if not refresh and path.exists():

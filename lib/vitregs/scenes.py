@@ -54,6 +54,8 @@ class Difficulty:
         for name in self.backgrounds:
             if name not in BACKGROUNDS:
                 raise unknown("background", name, BACKGROUNDS)
+        if not self.backgrounds:
+            raise Problem(f"backgrounds must name at least one of {', '.join(BACKGROUNDS)}")
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Scenes:
     def background_share(self, patch: int) -> Tensor:
         """Share of background pixels in each patch: patch side in pixels → (n, H/patch, W/patch) in [0, 1]."""
         n, height, width = self.instances.shape
-        if height % patch or width % patch:
+        if patch < 1 or height % patch or width % patch:
             raise Problem(f"patch size {patch} does not divide the scene size {height}x{width}")
         empty = (self.instances == 0).view(n, height // patch, patch, width // patch, patch)
         return empty.sum((2, 4)) / patch**2

@@ -54,7 +54,10 @@ def dataset(records: list[dict[str, Any]]) -> xr.Dataset:
             "accuracy": ("step", [r["accuracy"] for r in records]),
             "seconds": ("step", [r["seconds"] for r in records]),
             "hist": (("step", "layer", "bin"), np.stack([r["hist"].numpy() for r in records]).astype(np.int32)),
-            **{k: (("step", "layer"), np.array([r[k] for r in records], np.float32)) for k in ("median", "largest", "top1")},
+            **{
+                k: (("step", "layer"), np.array([r[k] for r in records], np.float32))
+                for k in ("median", "largest", "top1")
+            },
             "sink": (("step", "block", "kind"), np.array([r["sink"] for r in records], np.float32)),
         },
         coords={

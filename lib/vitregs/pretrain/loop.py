@@ -75,7 +75,8 @@ def train(
 
     for step in range(start, recipe.steps + 1):
         if history.due(step, recipe.steps, every) and not (records and records[-1]["step"] == step):
-            record = {"step": step, "loss": total / max(1, seen), "seconds": time.monotonic() - begun}
+            mean = total / seen if seen else math.nan  # nothing is learned from before step 0
+            record = {"step": step, "loss": mean, "seconds": time.monotonic() - begun}
             net.eval()
             record["accuracy"] = supervised.score(net, held)
             record.update(history.look(snapshot(recipe, net), held.pixels[:WATCHED]))
@@ -120,7 +121,7 @@ def line(recipe: Recipe, records: list[dict[str, Any]]) -> str:
     )
     if len(records) < 2:
         return text
-    rate = (now["step"] - records[-2]["step"]) / (now["seconds"] - records[-2]["seconds"])
+    rate = (now["step"] - records[-2]["step"]) / max(now["seconds"] - records[-2]["seconds"], 1e-9)
     return f"{text}  {rate * recipe.batch:.0f} images/s  {(recipe.steps - now['step']) / rate / 60:.0f} min left"
 
 
@@ -141,21 +142,26 @@ def _save(
 def _resume(recipe: Recipe, file: Path, net: nn.Module, optimizer: Any) -> tuple[int, list[Any], float]:
     if not file.exists():
         return 0, [], 0.0
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    if state["recipe"] != json.dumps(recipe.facts(), sort_keys=True):
-        raise Problem(f"{file} belongs to another recipe: choose another folder, or delete it to start anew")
-    net.load_state_dict(state["net"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["records"], state["seconds"]
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["recipe"] != json.dumps(recipe.facts(), sort_keys=True):
+            raise Problem(f"{file} belongs to another recipe: choose another folder, or delete it to start anew")
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"], state["records"], state["seconds"]
+    except Problem:
+        raise
+    except Exception as error:  # archives, unpicklers and tables that do not fit raise many kinds
+        raise Problem(f"{file} is damaged or no checkpoint of a training run: delete it to start anew") from error
 
 
 def _publish(recipe: Recipe, net: nn.Module, records: list[Any], out: Path, origin: dict[str, str]) -> Path:
     """Write what a zoo entry holds: weights in safetensors, the recipe with hashes, the history."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = out / "weights.safetensors"
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    results.write_whole(weights, lambda spare: save_file(state, spare))
+    results.write_whole(weights, lambda spare: spare.write_bytes(save(state)))  # save_file would hide it from others
     log = history.dataset(records)
     log.attrs.update(origin, recipe=json.dumps(recipe.facts(), sort_keys=True))
     results.save(log, out / "history.nc")

@@ -1,6 +1,8 @@
 """Recipes: everything that decides a training run, as frozen values that state their price and their result."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ SIZES = {  # width, depth, heads
     "small": (384, 12, 6),
     "base": (768, 12, 12),
 }
+OBJECTIVES = ("supervised",)
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,21 @@ class Recipe:
     difficulty: Difficulty = field(default_factory=lambda: Difficulty(objects=(1, 4)))
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise unknown("model size", self.size, SIZES)
+        for what, name, there in (("objective", self.objective, OBJECTIVES), ("model size", self.size, SIZES)):
+            if name not in there:
+                raise unknown(what, name, there)
+        for name in ("image_size", "patch_size", "steps", "batch", "lr", "warmup", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise Problem(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("registers", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise Problem(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.layer_scale is not None and not 0 < self.layer_scale < math.inf:
+            raise Problem(f"layer_scale must be positive or none, not {self.layer_scale}")
         if self.image_size % self.patch_size:
             raise Problem(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         if self.precision not in ("bf16", "fp32"):
             raise Problem(f"precision must be bf16 or fp32, not {self.precision!r}")
-        for name in ("steps", "batch", "warmup", "lr"):
-            if getattr(self, name) <= 0:
-                raise Problem(f"{name} must be positive, not {getattr(self, name)}")
-        if self.registers < 0:
-            raise Problem(f"registers must be 0 or more, not {self.registers}")
 
     def vit(self) -> dict[str, Any]:
         """Arguments for timm's VisionTransformer, head left out."""
@@ -87,7 +94,10 @@ def _pair(name: str, about: str, **settings: Any) -> list[Recipe]:
 RECIPES = {
     r.name: r
     for r in [
-        *_pair("supervised-pico", "144 tokens; an hour on one CPU core with bf16; score in data/zoo"),
+        *_pair(
+            "supervised-pico",
+            "144 tokens; about an hour on one CPU core with bf16; accuracy 0.74 to 0.77 on held-out scenes",
+        ),
         *_pair(
             "supervised-tiny",
             "one GPU, never run yet: 256 tokens, depth 12, 20k steps",
@@ -105,3 +115,19 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]
+
+
+def parse(base: Recipe, settings: Sequence[str]) -> Recipe:
+    """Apply overrides given as words, "steps=1000": → new Recipe. Raises Problem for names or values that do not fit."""
+    types = {f.name: f.type for f in dataclasses.fields(base)}
+    changes: dict[str, Any] = {}
+    for word in settings:
+        name, _, text = word.partition("=")
+        if name not in types or name in ("name", "about", "difficulty"):
+            raise unknown("recipe setting", name, [n for n in types if n not in ("name", "about", "difficulty")])
+        kind: Any = types[name] if types[name] in (int, float, str) else float
+        try:
+            changes[name] = None if text == "none" and name == "layer_scale" else kind(text)
+        except ValueError:
+            raise Problem(f"{name} takes {kind.__name__}, not {text!r}") from None
+    return base.override(**changes)

@@ -33,7 +33,7 @@ def loss(net: nn.Module, scenes: Scenes) -> Tensor:
 
 @torch.no_grad()
 def score(net: nn.Module, scenes: Scenes) -> float:
-    """Accuracy: share of scenes whose highest logit is a class in view (chance is about 5 %)."""
+    """Accuracy: share of scenes whose highest logit is a class in view (chance is about 4 %)."""
     hits = [
         part_labels.gather(1, net(normalise(part)).argmax(1, keepdim=True))
         for part, part_labels in zip(scenes.pixels.split(64), scenes.labels.split(64), strict=True)

@@ -1,0 +1,52 @@
+# Two commands: `make book` and `make test`. Everything lands in .venv/ and build/.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CHAPTERS := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb))
+EXECUTED := $(CHAPTERS:%=build/notebooks/%.ipynb)
+SOURCES := $(shell find lib/vitregs -name '*.py') $(shell find data/paper data/zoo -type f)
+
+.PHONY: book test lint notebooks benchmarks environment clean
+.DELETE_ON_ERROR:
+
+book: build/html/index.html
+	@echo "The book: file://$(abspath build/html/index.html)"
+
+environment: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"
+	@echo "Creating the environment in $(VENV) (about 3 minutes and 6 GB the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	@touch $@
+
+build/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(VENV)/ready
+	@echo "Executing $*"
+	@$(BIN)/vitregs run $* --out $@ --results build/results
+
+build/html/index.html: $(EXECUTED) $(shell find book -type f -not -name '*.pyc') | $(VENV)/ready
+	@rm -rf build/source build/jb && mkdir -p build/source
+	@cp -r book build/source/book && cp -r build/notebooks build/source/notebooks
+	@echo "Building the book"
+	@$(BIN)/jupyter-book build build/source --config book/_config.yml --toc book/_toc.yml --path-output build/jb \
+		-W -n --keep-going -q > build/book.log 2>&1 || { cat build/book.log; exit 1; }
+	@rm -rf build/html && cp -r build/jb/_build/html build/html
+
+test: lint
+	@$(MAKE) --no-print-directory book
+	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+lint: | $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: | $(VENV)/ready
+	@for chapter in $(CHAPTERS); do echo "Refreshing $$chapter"; $(BIN)/vitregs run $$chapter --out notebooks/$$chapter.ipynb --results data/results || exit 1; done
+
+benchmarks: | $(VENV)/ready
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf build

@@ -1,0 +1,337 @@
+"""Chapters as programs: their parameters, checked; their run through papermill; their measurements, stored.
+
+A chapter's parameters are the typed lines of its `parameters` cell. The comment behind a line is its help text; a range
+`[low, high]` or choices `{a, b}` in it are enforced. The notebook is the only place where they are written.
+"""
+
+import ast
+import inspect
+import io
+import json
+import os
+import re
+import tempfile
+import tokenize
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from vitregs import backbones, results
+from vitregs import images as pictures
+from vitregs.backbones import Backbone
+from vitregs.images import Images
+from vitregs.problems import Problem, unknown
+
+NOTEBOOKS = results.ROOT / "notebooks"
+TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a `parameters` cell."""
+
+    name: str
+    type: Any  # str, int, float, bool or list
+    default: Any
+    help: str
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The range [low, high] that the help text states."""
+        found = re.search(r"\[\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*\]", self.help)
+        return (float(found[1]), float(found[2])) if found else None
+
+    @property
+    def choices(self) -> list[str]:
+        """The choices {a, b} that the help text states."""
+        found = re.search(r"\{([^}]*)\}", self.help)
+        return [c.strip() for c in found[1].split(",")] if found else []
+
+    def check(self, value: Any) -> Any:
+        """Check a value of this parameter: → the value in its type. Raises Problem for a wrong type, range or choice."""
+        wrong = Problem(f"{self.name} takes {self.type.__name__}, not {value!r}")
+        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, self.type) or (self.type is int and isinstance(value, bool)):
+            raise wrong
+        if self.limits and not self.limits[0] <= float(value) <= self.limits[1]:
+            low, high = (f"{n:g}" for n in self.limits)
+            raise Problem(f"{self.name} must lie within {low} to {high}, not {value}")
+        if self.choices and value not in self.choices:
+            raise unknown(self.name, value, self.choices)
+        return value
+
+    def parse(self, words: list[str]) -> Any:
+        """Read a value from the command line: words → value in its type. Raises Problem for what cannot be read."""
+        if self.type is list:
+            return self.check([w for word in words for w in word.split(",")])
+        if len(words) != 1:
+            raise Problem(f"{self.name} takes one value, not {len(words)}")
+        word = words[0]
+        if self.type is bool and word.lower() in ("true", "false"):
+            return word.lower() == "true"
+        try:
+            return self.check(word if self.type is str else self.type(word) if self.type is not bool else word)
+        except ValueError as error:
+            raise (
+                error
+                if isinstance(error, Problem)
+                else Problem(f"{self.name} takes {self.type.__name__}, not {word!r}")
+            ) from None
+
+
+def names() -> list[str]:
+    """Names of all chapters, in order."""
+    return sorted(p.stem for p in NOTEBOOKS.glob("[0-9]*.ipynb"))
+
+
+def find(name: str) -> str:
+    """Complete a chapter's name: "2", "02" or "norms" for "02_norms". Raises Problem naming the nearest."""
+    there = names()
+    word = name.removesuffix(".ipynb").split("/")[-1]
+    padded = word.zfill(2) if word.isdigit() else word
+    found = [c for c in there if c == word or c.split("_")[0] == padded or c.split("_", 1)[-1] == word]
+    if len(found) != 1:
+        raise unknown("chapter", name, there)
+    return found[0]
+
+
+def parameters(chapter: str) -> dict[str, Parameter]:
+    """Read the parameters of a chapter: name → {parameter name: Parameter}."""
+    book = json.loads((NOTEBOOKS / f"{chapter}.ipynb").read_text("utf-8"))
+    cells = [c for c in book["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    text = "".join(cells[0]["source"]) if cells else ""
+    words = tokenize.generate_tokens(io.StringIO(text).readline)
+    notes = {w.start[0]: w.string.lstrip("# ") for w in words if w.type == tokenize.COMMENT}
+    found = {}
+    for line in ast.parse(text).body:  # a formatter may have broken one over several lines
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value:
+            name, kind = line.target.id, TYPES[ast.unparse(line.annotation).split("[")[0]]
+            help_ = " ".join(notes[n] for n in range(line.lineno, (line.end_lineno or line.lineno) + 1) if n in notes)
+            found[name] = Parameter(name, kind, ast.literal_eval(line.value), help_)
+    return found
+
+
+def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check values against a chapter's parameters: → all parameters, defaults filled in.
+
+    Raises Problem for unknown names, wrong types, values out of range, unknown models, files and folders that do not
+    exist, folders without pictures, and a device that is not there.
+    """
+    known = parameters(chapter)
+    for name in values:
+        if name not in known:
+            raise unknown(f"parameter of {chapter}", name, known)
+    full = {n: p.check(values.get(n, p.default)) for n, p in known.items()}
+    models, files = full.get("models", []), full.get("weights", [])
+    for name in ("models", "weights"):
+        for word in full.get(name, []):
+            if not isinstance(word, str):
+                raise Problem(f"{name} takes a list of names, not of {word!r}")
+    if "models" in full and not models:
+        raise Problem("models must name at least one model")
+    for model in models:
+        backbones.check(model)
+        if models.count(model) > 1:
+            raise Problem(f"models names {model} twice: results are kept by name")
+    if files and len(files) != len(models):
+        raise Problem(f"{len(files)} weight files for {len(models)} models: give one for each, '' for zoo or hub")
+    for file in filter(None, files):
+        if not Path(file).expanduser().is_file():
+            raise Problem(f"no weight file at {file}")
+    _check_source(full.get("images", "scenes"))
+    if "device" in full:
+        backbones.pick_device(full["device"])
+    return full
+
+
+def _check_source(source: str) -> None:
+    """Raise Problem for a path that does not exist and for a folder without pictures; names of data sets pass."""
+    path = Path(source).expanduser()
+    if source.startswith(("/", "./", "../", "~")) and not path.exists():
+        raise Problem(f"no folder or file {source}")
+    if source != "scenes" and path.is_dir():
+        wanted = (*pictures.SUFFIXES, ".parquet")
+        if not any(p.suffix.lower() in wanted and p.is_file() for p in path.rglob("*")):
+            raise Problem(f"no pictures in {source} (looked for {', '.join(wanted)})")
+
+
+def execute(chapter: str, values: Mapping[str, Any], out: Path, stored: Path) -> Path:
+    """Run a chapter through papermill: name, values, output notebook, results folder → the notebook written.
+
+    Everything is checked first. Raises Problem if a check or a cell fails; the output is then not touched.
+    """
+    import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
+
+    full, known = check(chapter, values), parameters(chapter)
+    if full.get("images", "scenes") != "scenes" and Path(full["images"]).expanduser().exists():
+        full["images"] = str(Path(full["images"]).expanduser().resolve())  # the kernel runs in another folder
+    if full.get("weights"):
+        full["weights"] = [str(Path(f).expanduser().resolve()) if f else "" for f in full["weights"]]
+    given = {k: v for k, v in full.items() if v != known[k].default}
+    _check_writable(stored)
+
+    def write(spare: Path) -> None:
+        named = spare.with_suffix(".ipynb")  # papermill chooses its format by the suffix
+        try:
+            papermill.execute_notebook(
+                str(NOTEBOOKS / f"{chapter}.ipynb"), str(named), given, cwd=str(NOTEBOOKS), kernel_name="python3",
+                progress_bar={"leave": False, "disable": None},  # none where nobody watches
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it would tell how it talks and when it is stopped
+            )  # fmt: skip
+            named.write_text(tidy(named.read_text()))
+            named.replace(spare)
+        except papermill.PapermillExecutionError as error:
+            what = error.evalue if error.ename == "Problem" else f"{error.ename}: {error.evalue}"
+            raise Problem(f"{chapter} stopped: {what}") from error
+        except DeadKernelError as error:
+            raise Problem(f"{chapter} stopped: its kernel was killed, perhaps for want of memory") from error
+        except NoSuchKernel as error:
+            raise Problem("there is no Jupyter kernel python3 here: pip install ipykernel") from error
+        finally:
+            named.unlink(missing_ok=True)
+
+    with _environment(VITREGS_RESULTS=str(stored.resolve()), PYDEVD_DISABLE_FILE_VALIDATION="1"):
+        results.write_whole(out, write)
+    return out
+
+
+@contextmanager
+def _environment(**names: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise Problem unless files can be written in a folder, which is made: a long run must not fail at its end."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Problem(f"cannot write results in {folder}: {error.strerror}") from error
+
+
+def tidy(text: str) -> str:
+    """Drop what a run adds and nobody reads (time stamps, paths, empty tags): notebook JSON → notebook JSON."""
+    book = json.loads(text)
+    book["metadata"].pop("papermill", None)
+    book["metadata"].get("language_info", {}).pop("version", None)
+    for cell in book["cells"]:
+        for key in ("papermill", "execution"):
+            cell["metadata"].pop(key, None)
+        if not cell["metadata"].get("tags", True):
+            del cell["metadata"]["tags"]
+    return json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def _named(how: Callable[[Backbone, Images], xr.DataArray], backbone: Backbone, source: Images) -> xr.Dataset:
+    return how(backbone, source).to_dataset(name="value")
+
+
+def _text(how: Callable[..., Any]) -> str:
+    """The source of a function, or its name where the source is not at hand."""
+    try:
+        return inspect.getsource(how)
+    except (OSError, TypeError):
+        return getattr(how, "__qualname__", repr(how))
+
+
+class Run:
+    """A chapter at work: its checked parameters, its models and pictures, and its stored measurements."""
+
+    def __init__(self, chapter: str, **values: Any) -> None:
+        self.chapter = chapter
+        self.values = check(chapter, values)
+        self.folder = Path(os.environ.get("VITREGS_RESULTS") or results.ROOT / "build" / "results") / chapter
+
+    @cached_property
+    def backbones(self) -> dict[str, Backbone]:
+        """The models of the chapter, loaded, by name."""
+        files = self.values.get("weights") or [""] * len(self.values["models"])
+        device = self.values.get("device", "auto")
+        return {
+            name: backbones.load(name, weights=file or None, device=device)
+            for name, file in zip(self.values["models"], files, strict=True)
+        }
+
+    def pictures(self, backbone: Backbone) -> Images:
+        """The pictures of the chapter at the size asked for (0: the model's own): backbone → Images."""
+        side = self.values.get("size", 0)
+        size = (side, side) if side else backbone.size
+        backbone.grid(size)
+        return pictures.load(
+            self.values["images"], size=size, count=self.values["count"], seed=self.values["seed"], crop=backbone.crop
+        )
+
+    def measure(self, name: str, how: Callable[[Backbone, Images], xr.DataArray]) -> dict[str, xr.DataArray]:
+        """Measure every model on the chapter's pictures, or reload it: name of the file, function → {model: array}.
+
+        A stored array is used only for the same function, as it is written, under the same parameters.
+        """
+        found = {}
+        free = ("models", "weights", "images", "device")  # told by the weights and the pictures, or of no effect
+        given = {k: v for k, v in self.values.items() if k not in free}
+        for model, backbone in self.backbones.items():
+            source = self.pictures(backbone)
+            key = {"what": name, "how": _text(how), "weights": backbone.weights, **given, **source.key}
+            path = self.folder / f"{name}.{model}.nc"
+            found[model] = results.stored(path, partial(_named, how, backbone, source), key=key)["value"]
+        return found
+
+    def preview(self, backbone: Backbone, count: int) -> np.ndarray:
+        """The first pictures of the chapter, to draw: → (count, H, W, 3) in [0, 1]."""
+        first = next(self.pictures(backbone).pixels(count))
+        return first.permute(0, 2, 3, 1).numpy()
+
+    def background(self, backbone: Backbone) -> np.ndarray | None:
+        """Share of background (mask 0) in every patch: → (pictures, patches) in [0, 1], or None without masks."""
+        source = self.pictures(backbone)
+        rows, columns = backbone.grid(source.size)
+        height, width = backbone.patch_size
+        shares = []
+        for batch in source.batches():
+            for mask in batch.masks:
+                if mask is None:
+                    return None
+                shares.append((mask == 0).reshape(rows, height, columns, width).mean((1, 3)).ravel())
+        return np.stack(shares)
+
+    def provenance(self) -> "Provenance":
+        """Where this page's numbers come from, as a fold-out."""
+        facts = results.provenance(**{f"parameter {k}": v for k, v in self.values.items()})
+        if "models" in self.values:
+            facts |= {f"weights of {n}": f"{b.source}, {b.weights[:16]}" for n, b in self.backbones.items()}
+            facts["device"] = str(next(iter(self.backbones.values())).device)
+        return Provenance(facts)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """A table of facts that a notebook shows as a fold-out."""
+
+    facts: Mapping[str, str]
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.facts.items())
+        return f'<details class="provenance"><summary>Where these numbers come from</summary><table>{rows}</table></details>'
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{k}: {v}" for k, v in self.facts.items())
