@@ -1,0 +1,360 @@
+"""Chapters as programs: parameters read and checked, names completed, measurements kept for what they depend on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitregs import backbones, capture, chapters, results, scenes
+from vitregs.backbones import Backbone
+from vitregs.chapters import Parameter, Run
+from vitregs.images import Images
+from vitregs.problems import Problem
+
+PICO, PICO4 = "supervised-pico", "supervised-pico-reg4"
+
+
+def problem(call, *args: object, **kw: object) -> str:
+    with pytest.raises(Problem) as caught:
+        call(*args, **kw)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cell = nbformat.v4.new_code_cell(text, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    "name", ["2", "02", "norms", "02_norms", "02_norms.ipynb", "notebooks/02_norms.ipynb", "./notebooks/02_norms.ipynb"]
+)
+def test_names_are_completed(name: str) -> None:
+    assert chapters.find(name) == "02_norms"
+
+
+def test_every_chapter_has_three_names() -> None:
+    for name in chapters.names():
+        number, _, rest = name.partition("_")
+        assert {chapters.find(n) for n in (name, number, rest, str(int(number)))} == {name}
+
+
+@pytest.mark.parametrize("name", ["", "0", "77", "nroms", "02_", "norms_"])
+def test_names_of_no_chapter(name: str) -> None:
+    says = problem(chapters.find, name)
+    assert f"unknown chapter {name!r}" in says
+    assert "02_norms" in says
+
+
+def test_chapters_are_in_order_and_half_written_ones_are_none(tmp_path: Path, monkeypatch) -> None:
+    for name in ("10_b", "02_a", ".02_a.ipynb.x", "draft"):
+        write(tmp_path, name, "")
+    (tmp_path / "03_notes.md").write_text("")
+    monkeypatch.setattr(chapters, "NOTEBOOKS", tmp_path)
+    assert chapters.names() == ["02_a", "10_b"]
+    assert chapters.find("10") == "10_b"
+
+
+# --- parameters
+
+
+def test_parameters_are_read_from_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = """\
+names: list = ["a", "b"]  # some names
+count: int = -3  # how many [-5, 100000]
+share: float = (
+    0.02  # of all [0.001, 0.2]
+)
+kind: str = "cosine"  # which {cosine, linear}
+loud: bool = False  # whether to print
+"""
+    write(tmp_path, "01_a", lines)
+    monkeypatch.setattr(chapters, "NOTEBOOKS", tmp_path)
+    found = chapters.parameters("01_a")
+    assert [(p.name, p.type, p.default, p.help) for p in found.values()] == [
+        ("names", list, ["a", "b"], "some names"),
+        ("count", int, -3, "how many [-5, 100000]"),
+        ("share", float, 0.02, "of all [0.001, 0.2]"),
+        ("kind", str, "cosine", "which {cosine, linear}"),
+        ("loud", bool, False, "whether to print"),
+    ]
+    assert list(found) == [p.name for p in found.values()]
+    assert found["count"].limits == (-5, 100000)
+    assert found["share"].limits == (0.001, 0.2)
+    assert found["names"].limits is None
+    assert found["kind"].choices == ["cosine", "linear"]
+    assert found["names"].choices == []
+    assert chapters.check("01_a", {"count": 7}) == {
+        "names": ["a", "b"],
+        "count": 7,
+        "share": 0.02,
+        "kind": "cosine",
+        "loud": False,
+    }
+    assert "did you mean 'count'" in problem(chapters.check, "01_a", {"cuont": 1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "help_", "value", "says"),
+    [
+        (int, "", 1.0, "x takes int, not 1.0"),
+        (int, "", True, "x takes int, not True"),
+        (int, "", "3", "x takes int, not '3'"),
+        (int, "[1, 4]", 5, "x must lie within 1 to 4, not 5"),
+        (int, "[1, 4]", 0, "x must lie within 1 to 4, not 0"),
+        (float, "", "0.1", "x takes float, not '0.1'"),
+        (float, "", False, "x takes float, not False"),
+        (float, "[0.5, 2]", 2.5, "x must lie within 0.5 to 2, not 2.5"),
+        (float, "[0.5, 2]", float("nan"), "x must lie within 0.5 to 2, not nan"),
+        (float, "[-1, 2]", float("inf"), "x must lie within -1 to 2, not inf"),
+        (bool, "", 1, "x takes bool, not 1"),
+        (str, "", None, "x takes str, not None"),
+        (str, "{red, green}", "gren", "unknown x 'gren': did you mean 'green'"),
+        (list, "", "a", "x takes list, not 'a'"),
+    ],
+)
+def test_values_that_do_not_fit(kind: type, help_: str, value: object, says: str) -> None:
+    assert says in problem(Parameter("x", kind, None, help_).check, value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "value"),
+    [
+        (int, ["12"], 12),
+        (int, ["-1"], -1),
+        (int, ["007"], 7),
+        (float, ["1e-2"], 0.01),
+        (float, ["3"], 3.0),
+        (bool, ["true"], True),
+        (bool, ["False"], False),
+        (str, ["12"], "12"),
+        (str, ["true"], "true"),
+        (list, ["a", "b"], ["a", "b"]),
+        (list, ["a,b", "c"], ["a", "b", "c"]),
+        (list, ["f", ""], ["f", ""]),
+        (list, [], []),
+    ],
+)
+def test_words_become_values(kind: type, words: list[str], value: object) -> None:
+    got = Parameter("x", kind, None, "").parse(words)
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(int, ["1e2"]), (int, ["1.0"]), (int, [""]), (int, []), (int, ["1", "2"]), (float, ["much"]), (bool, ["yes"])],
+)
+def test_words_that_are_no_values(kind: type, words: list[str]) -> None:
+    assert f"x takes {kind.__name__ if len(words) == 1 else 'one value'}" in problem(
+        Parameter("x", kind, None, "").parse, words
+    )
+
+
+@given(st.integers(-(10**6), 10**6), st.floats(allow_nan=False, allow_infinity=False), st.booleans())
+def test_every_value_survives_being_said_in_words(whole: int, part: float, yes: bool) -> None:
+    for kind, value in ((int, whole), (float, part), (bool, yes)):
+        assert Parameter("x", kind, None, "").parse([str(value)]) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"modles": [PICO]}, "unknown parameter of 02_norms 'modles': did you mean 'models'"),
+        ({"count": 0}, "count must lie within 1 to 100000"),
+        ({"count": "4"}, "count takes int, not '4'"),
+        ({"models": PICO}, "models takes list"),
+        ({"models": []}, "models must name at least one model"),
+        ({"models": [3]}, "models takes a list of names, not of 3"),
+        ({"models": ["supervised-pika"]}, "did you mean 'supervised-pico'"),
+        ({"models": ["resnet50"]}, "resnet50 is not a plain ViT"),
+        ({"models": [PICO, PICO]}, "models names supervised-pico twice"),
+        ({"models": [PICO], "weights": ["a", "b"]}, "2 weight files for 1 models"),
+        ({"models": [PICO, PICO4], "weights": ["", "nowhere"]}, "no weight file at nowhere"),
+        ({"weights": [1, 2]}, "weights takes a list of names, not of 1"),
+        ({"images": "~/nowhere/at/all"}, "no folder or file ~/nowhere/at/all"),
+        ({"images": "/nowhere.parquet"}, "no folder or file /nowhere.parquet"),
+        ({"device": "gpu"}, "device 'gpu' is not available"),
+    ],
+)
+def test_parameters_are_checked(values: dict, says: str) -> None:
+    assert says in problem(chapters.check, "02_norms", values)
+
+
+def test_right_parameters_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in chapters.names():
+        assert chapters.check(name, {}) == {k: p.default for k, p in chapters.parameters(name).items()}
+    weights = backbones.ZOO / PICO / "weights.safetensors"
+    (tmp_path / "w.safetensors").write_bytes(weights.read_bytes())
+    (tmp_path / "a.PNG").write_bytes(b"any")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {
+        "models": [PICO, "vit_tiny_patch16_224"],
+        "weights": ["", "~/w.safetensors"],
+        "images": "~",
+        "device": "cpu",
+    }
+    full = chapters.check("02_norms", values)
+    assert {k: full[k] for k in values} == values
+    assert chapters.check("02_norms", {"images": "owner/dataset-of-the-hub"})["images"] == "owner/dataset-of-the-hub"
+
+
+# --- tidy
+
+
+def test_tidy_keeps_what_is_read_and_drops_the_rest() -> None:
+    raw = {
+        "cells": [
+            {
+                "cell_type": "code",
+                "id": "02-05",
+                "execution_count": 3,
+                "metadata": {
+                    "tags": [],
+                    "papermill": {"duration": 1.0},
+                    "execution": {"iopub.execute_input": "2020-01-01"},
+                    "mystnb": {"figure": {"name": "fig-a"}},
+                },
+                "outputs": [{"output_type": "stream", "name": "stdout", "text": ["µ 1\n"]}],
+                "source": ["print('µ 1')"],
+            },
+            {"cell_type": "markdown", "id": "02-06", "metadata": {"tags": ["exercise"]}, "source": ["# a\n", "b"]},
+        ],
+        "metadata": {
+            "kernelspec": {"name": "python3"},
+            "language_info": {"name": "python", "version": "3.11.7"},
+            "papermill": {"output_path": "somewhere/secret"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    text = chapters.tidy(json.dumps(raw))
+    book = json.loads(text)
+    assert "µ" in text
+    assert text.endswith("}\n")
+    assert book["metadata"] == {"kernelspec": {"name": "python3"}, "language_info": {"name": "python"}}
+    code, words = book["cells"]
+    assert code["metadata"] == {"mystnb": {"figure": {"name": "fig-a"}}}
+    assert {k: v for k, v in code.items() if k != "metadata"} == {
+        k: v for k, v in raw["cells"][0].items() if k != "metadata"
+    }
+    assert words == raw["cells"][1]
+    assert chapters.tidy(text) == text
+
+
+# --- a chapter at work
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the measurements of this test go."""
+    monkeypatch.setenv("VITREGS_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+def meter(**how: object) -> tuple[Callable[[Backbone, Images], xr.DataArray], list[str]]:
+    """A measurement, the same words whatever it is asked for, and the list of the models it was made of."""
+    made: list[str] = []
+
+    def norms(backbone: Backbone, source: Images) -> xr.DataArray:
+        made.append(backbone.name)
+        return capture.norms(backbone, source, **how)
+
+    return norms, made
+
+
+def test_measured_once_for_the_same_question(stored: Path) -> None:
+    (norms, made), values = meter(), {"models": [PICO, PICO4], "count": 2, "device": "cpu"}
+    first = Run("02_norms", **values).measure("norms", norms)
+    again = Run("02_norms", **values).measure("norms", meter()[0])
+    assert made == list(first) == [PICO, PICO4]
+    assert first[PICO].sizes["image"] == 2
+    for name, array in first.items():
+        xr.testing.assert_identical(array.drop_attrs(), again[name].drop_attrs())
+    assert sorted(p.name for p in (stored / "02_norms").iterdir()) == [f"norms.{PICO4}.nc", f"norms.{PICO}.nc"]
+    assert results.load(stored / "02_norms" / f"norms.{PICO}.nc").attrs["code"] == results.code_hash()
+    Run("02_norms", **values | {"count": 3}).measure("norms", norms)
+    Run("02_norms", **values | {"count": 3, "seed": 1}).measure("norms", norms)
+    assert made == [PICO, PICO4] * 3
+
+
+def test_measured_anew_when_a_parameter_enters_the_question(stored: Path) -> None:
+    """Chapter 4 measures the layer it is asked for: another layer must not be answered with the former's norms."""
+    values = {"models": [PICO], "count": 2, "device": "cpu"}
+    norms = [
+        Run("04_redundant_patches", **values, layer=n).measure("norms", meter(layers=[n])[0])[PICO] for n in (-1, 3, -1)
+    ]
+    assert [int(a.layer[0]) for a in norms] == [8, 3, 8]
+    xr.testing.assert_equal(norms[0], norms[2])
+
+
+def test_measured_anew_when_the_function_is_rewritten(stored: Path) -> None:
+    run = Run("02_norms", models=[PICO], count=2, device="cpu")
+    one = run.measure("norms", lambda b, p: capture.norms(b, p))[PICO]
+    two = run.measure("norms", lambda b, p: 2 * capture.norms(b, p))[PICO]
+    assert np.allclose(two, 2 * one)
+
+
+def test_measured_anew_with_other_weights(stored: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(backbones.ZOO / PICO / "weights.safetensors")
+    save_file({**state, "cls_token": state["cls_token"] + 1}, tmp_path / "w.safetensors")
+    values, (norms, made) = {"models": [PICO], "count": 2, "device": "cpu"}, meter()
+    one = Run("02_norms", **values).measure("norms", norms)[PICO]
+    two = Run("02_norms", **values, weights=[str(tmp_path / "w.safetensors")]).measure("norms", norms)[PICO]
+    assert not np.allclose(one, two)
+    assert made == [PICO, PICO]
+
+
+def test_pictures_of_a_chapter(stored: Path) -> None:
+    run = Run("04_redundant_patches", models=[PICO], count=3, size=64, seed=5, device="cpu")
+    backbone = run.backbones[PICO]
+    truth = scenes.render(3, 64, seed=5, first=2**41)
+    shown = run.preview(backbone, 2)
+    assert shown.shape == (2, 64, 64, 3)
+    assert np.array_equal(shown, truth.pixels[:2].permute(0, 2, 3, 1).numpy())
+    share = run.background(backbone)
+    corners = [(y, x) for y in range(0, 64, 8) for x in range(0, 64, 8)]
+    by_hand = [[(m[y : y + 8, x : x + 8] == 0).float().mean() for y, x in corners] for m in truth.semantic]
+    assert np.allclose(share, by_hand)
+    says = problem(Run("02_norms", models=[PICO], size=100, device="cpu").measure, "norms", meter()[0])
+    assert "the nearest that fits is 96x96" in says
+
+
+def test_pictures_without_masks_have_no_background(stored: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (96, 96)).save(tmp_path / "pictures" / "a.png")
+    run = Run("04_redundant_patches", models=[PICO], images=str(tmp_path / "pictures"), device="cpu")
+    assert run.background(run.backbones[PICO]) is None
+
+
+def test_provenance_tells_of_everything(stored: Path) -> None:
+    run = Run("02_norms", models=[PICO], count=2, device="cpu")
+    page = run.provenance()
+    weights = json.loads((backbones.ZOO / PICO / "recipe.json").read_text())["weights"]
+    assert weights[:16] in page.facts[f"weights of {PICO}"]
+    assert page.facts["device"] == "cpu"
+    assert page.facts["parameter count"] == "2"
+    assert {"code", "commit", "date", "torch", "timm"} <= page.facts.keys()
+    assert page._repr_html_().startswith('<details class="provenance">')
+    assert all(f"<th>{k}</th>" in page._repr_html_() for k in page.facts)
+    assert "<b>" not in chapters.Provenance({"<b>": "<b>"})._repr_html_()
+    assert f"code: {results.code_hash()}" in repr(page)
+
+
+def test_results_go_to_build_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VITREGS_RESULTS", raising=False)
+    assert Run("02_norms", device="cpu").folder == results.ROOT / "build" / "results" / "02_norms"

@@ -1,0 +1,374 @@
+"""Figures by their data: what the artists hold is what went in, for one model and several, on maps that are not square."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection, QuadMesh
+from matplotlib.figure import Figure
+from scipy.integrate import trapezoid
+
+from vitregs import artifacts, draw, results
+from vitregs.cutoffs import Cutoff
+from vitregs.diagnose import Diagnosis
+
+ROWS, COLUMNS = 3, 5
+RNG = np.random.default_rng(0)
+
+
+def panels(figure: Figure) -> list[Axes]:
+    """The axes of a figure but for its colour bars."""
+    assert isinstance(figure, Figure)
+    figure.canvas.draw()  # whatever cannot be drawn fails here
+    return [axis for axis in figure.axes if axis.get_label() != "<colorbar>" and axis.get_visible()]
+
+
+def bars(figure: Figure) -> list[Axes]:
+    return [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
+
+
+def image(axis: Axes) -> np.ndarray:
+    (shown,) = axis.get_images()
+    return np.asarray(shown.get_array())
+
+
+def labels(axis: Axes) -> list[str]:
+    legend = axis.get_legend()
+    return [] if legend is None else [text.get_text() for text in legend.get_texts()]
+
+
+def ticks(axis: Axes) -> list[str]:
+    return [label.get_text() for label in axis.get_xticklabels()]
+
+
+def mesh(axis: Axes) -> np.ndarray:
+    (found,) = [c for c in axis.collections if isinstance(c, QuadMesh)]
+    return np.ma.filled(found.get_array(), np.nan)
+
+
+def norms(layers: Sequence[int] = (0, 1, 2), registers: int = 2, seed: int = 0) -> xr.DataArray:
+    kinds = ["cls", *["register"] * registers, *["patch"] * (ROWS * COLUMNS)]
+    values = np.random.default_rng(seed).lognormal(2, 0.3, (6, len(layers), len(kinds)))
+    coords = {**results.token_coords(kinds, (ROWS, COLUMNS)), "layer": list(layers)}
+    return xr.DataArray(values, dims=("image", "layer", "token"), coords=coords, name="norm")
+
+
+@pytest.mark.parametrize("names", [["attention"], ["one", "two", "three"]])
+@pytest.mark.parametrize("n", [1, 3])
+def test_picture_grid(names: list[str], n: int):
+    pictures = RNG.random((n, 9, 15, 3))
+    maps = {name: RNG.random((n, ROWS, COLUMNS)) for name in names}
+    figure = draw.picture_grid(pictures, maps)
+    axes = panels(figure)
+    assert len(axes) == n * (1 + len(names))
+    for i in range(n):
+        row = axes[i * (1 + len(names)) :]
+        np.testing.assert_array_equal(image(row[0]), pictures[i])
+        for axis, name in zip(row[1:], names, strict=False):
+            np.testing.assert_array_equal(image(axis), maps[name][i])
+    assert [axis.get_title() for axis in axes[: 1 + len(names)]] == ["picture", *names]
+    assert not bars(figure)
+
+
+def test_picture_grid_with_common_colours():
+    maps = {"a": RNG.random((2, ROWS, COLUMNS)), "b": 9 * RNG.random((2, ROWS, COLUMNS))}
+    figure = draw.picture_grid(RNG.random((2, 9, 15, 3)), maps, limits={"a": (0, 1), "b": (0, 9)}, label="norm")
+    limits = [axis.get_images()[0].get_clim() for axis in panels(figure)]
+    assert limits[1::3] == [(0, 1)] * 2
+    assert limits[2::3] == [(0, 9)] * 2
+    assert [bar.get_xlabel() for bar in bars(figure)] == ["norm", "norm"]
+
+
+def test_picture_grid_breaks_long_names():
+    figure = draw.picture_grid(np.zeros((1, 4, 4, 3)), {"supervised-pico-reg4": np.zeros((1, 2, 2))})
+    assert panels(figure)[1].get_title() == "supervised-pico-\nreg4"
+
+
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_norm_density(count: int):
+    values = {f"model {i}": RNG.lognormal(2, 0.3, (4, 30)) for i in range(count)}
+    cuts = {name: Cutoff(20.0 + i, "by hand", share=0.1) for i, name in enumerate(values)}
+    cuts["model 0"] = Cutoff(None, "two modes in log norm")
+    axes = panels(draw.norm_density(values, cuts))
+    assert len(axes) == count
+    for i, (axis, (name, v)) in enumerate(zip(axes, values.items(), strict=True)):
+        heights, edges = np.histogram(v, 80, density=True)
+        np.testing.assert_allclose([bar.get_height() for bar in axis.patches], heights)
+        np.testing.assert_allclose([bar.get_x() for bar in axis.patches], edges[:-1])
+        assert axis.get_title().startswith(name)
+        assert axis.get_yscale() == "log"
+        cut = [line.get_xdata()[0] for line in axis.lines]
+        assert cut == ([] if i == 0 else [20.0 + i])
+    assert "no outlier mode" in axes[0].get_title()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_norm_growth(count: int):
+    given = {f"model {i}": norms(range(i + 2), seed=i) for i in range(count)}
+    figure = draw.norm_growth(given)
+    axes = panels(figure)
+    assert [axis.get_title() for axis in axes] == list(given)
+    assert len(bars(figure)) == count
+    for axis, a in zip(axes, given.values(), strict=True):
+        shares = mesh(axis)
+        assert shares.shape == (69, a.sizes["layer"])
+        edges = axis.collections[0].get_coordinates()[:, 0, 1]
+        for i, layer in enumerate(a["layer"].values):
+            v = artifacts.patches(a.sel(layer=layer)).values
+            expected = np.histogram(v, edges)[0] / v.size
+            np.testing.assert_allclose(np.nan_to_num(shares[:, i]), expected)
+            assert expected.sum() > 0.98  # all but the lowest
+        assert ticks(axis) == [f"{n}" for n in a["layer"].values]
+        assert axis.get_yscale() == "log"
+
+
+def test_norm_growth_with_silent_patches():
+    silent = norms()
+    silent.values[:, 0] = 0
+    (axis,) = panels(draw.norm_growth({"model": silent}))
+    assert np.isnan(mesh(axis)[:, 0]).all()
+    assert np.nansum(mesh(axis)[:, 1]) == pytest.approx(1)
+
+
+def history(steps: int = 40, seed: int = 0) -> xr.Dataset:
+    rng = np.random.default_rng(seed)
+    layers, bins = [0, 1, 2], np.geomspace(0.1, 1000, 50)
+    counts = np.zeros((steps, 3, 50))
+    counts[:, :, 20:30] = rng.integers(1, 9, (steps, 3, 10))
+    return xr.Dataset(
+        {
+            "hist": (("step", "layer", "bin"), counts),
+            "accuracy": ("step", rng.random(steps)),
+            "largest": (("step", "layer"), 1 + rng.random((steps, 3))),
+        },
+        coords={"step": np.arange(steps) * 100, "layer": layers, "bin": bins},
+    )
+
+
+@pytest.mark.parametrize(("count", "layer", "named"), [(1, -1, 2), (2, 1, 1)])
+def test_training(count: int, layer: int, named: int):
+    logs = {f"model {i}": history(seed=i) for i in range(count)}
+    figure = draw.training(logs, layer)
+    axes = panels(figure)
+    assert len(axes) == 2 * count
+    for top, below, (name, log) in zip(axes[:count], axes[count:], logs.items(), strict=True):
+        assert top.get_title() == f"{name}, layer {named}"
+        accuracy, largest = below.lines
+        np.testing.assert_array_equal(accuracy.get_ydata(), log["accuracy"])
+        np.testing.assert_array_equal(accuracy.get_xdata(), log["step"])
+        np.testing.assert_allclose(largest.get_ydata(), log["largest"].sel(layer=named) / 10)
+        assert labels(below) == ["accuracy", "largest / median ÷ 10"]
+        shares = np.nan_to_num(mesh(top))
+        assert shares.shape == (14, 24)  # ten bins that are used, and two on either side
+        np.testing.assert_allclose(shares.sum(0), 1)
+        first = log["hist"].values[0, named, 20:30]
+        np.testing.assert_allclose(shares[2:12, 0], first / first.sum())
+
+
+@pytest.mark.parametrize("groups", [1, 13])
+def test_lines(groups: int):
+    table = pd.DataFrame(
+        [{"block": b, "mean": 10 * g + b, "model": f"m{g}"} for g in range(groups) for b in (1, 2, 3)]
+    ).assign(low=lambda t: t["mean"] - 1, high=lambda t: t["mean"] + 2)
+    (axis,) = panels(draw.lines(table, "block", "mean", "model", labels=("block", "share"), log=groups == 1))
+    assert len(axis.lines) == groups
+    for g, line in enumerate(axis.lines):
+        np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+        np.testing.assert_array_equal(line.get_ydata(), 10 * g + np.arange(1, 4))
+    bands = [c for c in axis.collections if isinstance(c, PolyCollection)]
+    assert len(bands) == groups
+    corners = bands[0].get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (0, 5)
+    assert labels(axis) == [f"m{g}" for g in range(groups)]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("block", "share")
+    assert axis.get_yscale() == ("log" if groups == 1 else "linear")
+
+
+def test_lines_without_a_band():
+    table = pd.DataFrame({"x": [1, 2], "y": [3, 4], "g": ["a", "a"]})
+    (axis,) = panels(draw.lines(table, "x", "y", "g", labels=("", "")))
+    assert not axis.collections
+
+
+@pytest.mark.parametrize("registers", [[4], [16], [1, 16, 4, 2]])
+def test_register_norms(registers: list[int]):
+    given = {
+        f"{count} registers": pd.DataFrame(
+            [{"block": b, "register": f"reg{r}", "norm": 1.0 + r + b} for r in range(count) for b in range(5)]
+        )
+        for count in registers
+    }
+    figure = draw.register_norms(given)
+    axes = panels(figure)
+    assert [axis.get_title() for axis in axes] == list(given)
+    for axis, count in zip(axes, registers, strict=True):
+        assert len(axis.lines) == count  # also where there are more registers than colours
+        for r, line in enumerate(axis.lines):
+            np.testing.assert_array_equal(line.get_ydata(), 1.0 + r + np.arange(5))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"reg{r}" for r in range(max(registers))]
+
+
+@pytest.mark.parametrize("models", [["a"], ["a", "b"]])
+def test_similarity(models: list[str]):
+    rng = np.random.default_rng(1)
+    table = pd.concat(
+        pd.DataFrame({"model": m, "group": g, "similarity": (0.2 + 0.4 * i + 0.05 * rng.standard_normal(300))})
+        for m in models
+        for i, g in enumerate(["ordinary", "outliers"])
+    )
+    axes = panels(draw.similarity(table))
+    assert [axis.get_title() for axis in axes] == models
+    for axis in axes:
+        assert labels(axis) == ["ordinary", "outliers"]
+        for i, line in enumerate(axis.lines):
+            x, y = line.get_xdata(), line.get_ydata()
+            assert x[y.argmax()] == pytest.approx(0.2 + 0.4 * i, abs=0.03)
+            assert trapezoid(y, x) == pytest.approx(1, abs=0.02)
+            assert -1 <= x.min() <= x.max() <= 1
+
+
+def test_similarity_where_no_density_can_be_drawn():
+    table = pd.DataFrame({"model": "a", "group": ["one", "flat", "flat"], "similarity": [0.5, 1, 1]})
+    (axis,) = panels(draw.similarity(table))
+    assert not axis.lines
+    assert labels(axis) == []
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_occupancy(count: int):
+    maps = {f"m{i}": xr.DataArray(RNG.random((ROWS, COLUMNS)), dims=("y", "x")) for i in range(count)}
+    figure = draw.occupancy(maps)
+    for axis, (name, values) in zip(panels(figure), maps.items(), strict=True):
+        np.testing.assert_allclose(image(axis), 100 * values)
+        assert axis.get_title() == name
+    assert [bar.get_ylabel() for bar in bars(figure)] == ["% of pictures"] * count
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients(count: int):
+    vectors = {f"kind {i}": RNG.standard_normal(4 + i) for i in range(count)}
+    figure = draw.gradients(vectors)
+    top = max(np.outer(v, v).max() for v in vectors.values())
+    for axis, (name, v) in zip(panels(figure), vectors.items(), strict=True):
+        np.testing.assert_allclose(image(axis), np.outer(v, v))
+        assert axis.get_images()[0].get_clim() == (-top, top)
+        assert axis.get_title() == name
+    assert len(bars(figure)) == 1
+
+
+def heights(axis: Axes) -> list[list[float]]:
+    return [[bar.get_height() for bar in group.patches] for group in axis.containers if hasattr(group, "patches")]
+
+
+@pytest.mark.parametrize("models", [["a"], ["a", "b", "c"]])
+def test_shares(models: list[str]):
+    rows = [
+        {"model": m, "group": g, "share": 0.1 * i + 0.02 * j, "low": 0.1 * i, "high": 0.1 * i + 0.05 * j}
+        for i, m in enumerate(models, start=1)
+        for j, g in enumerate(["object", "background"], start=1)
+    ]
+    (axis,) = panels(draw.shares(pd.DataFrame(rows), label="% marked"))
+    expected = [[100 * (0.1 * i + 0.02 * j) for i in range(1, len(models) + 1)] for j in (1, 2)]
+    np.testing.assert_allclose(heights(axis), expected)
+    assert ticks(axis) == models
+    assert labels(axis) == ["object", "background"]
+    segments = axis.collections[0].get_segments()  # error bars of the first group
+    np.testing.assert_allclose(segments[0][:, 1], [10, 15])
+    assert axis.get_ylabel() == "% marked"
+
+
+def test_shares_leaves_out_what_was_not_measured():
+    table = pd.DataFrame(
+        {
+            "model": ["a", "b", "a"],
+            "group": ["x", "x", "y"],
+            "share": [0.1, np.nan, 0.3],
+            "low": [0.1, np.nan, 0.2],
+            "high": [0.2, np.nan, 0.4],
+        }
+    )
+    (axis,) = panels(draw.shares(table, label=""))
+    np.testing.assert_allclose(heights(axis), [[10, np.nan], [30, np.nan]])
+
+
+@pytest.mark.parametrize("registers", [[0], [2], [0, 4]])
+def test_token_strip(registers: list[int]):
+    given = {f"{n} registers": norms(registers=n).sel(layer=2) for n in registers}
+    axes = panels(draw.token_strip(given))
+    for axis, (name, values), n in zip(axes, given.items(), registers, strict=True):
+        groups = ["cls", *(f"reg{i}" for i in range(n)), "patch"]
+        assert axis.get_title() == name
+        assert ticks(axis) == groups
+        for i, (line, group) in enumerate(zip(axis.lines, groups, strict=True)):
+            part = values.values[:, values["label"] == group] if group != "patch" else artifacts.patches(values).values
+            np.testing.assert_array_equal(line.get_ydata(), part.ravel())
+            assert (np.abs(line.get_xdata() - i) <= 0.3).all()
+        assert len({line.get_color() for line in axis.lines}) == (3 if n else 2)
+
+
+@pytest.mark.parametrize("cut", [30.0, np.nan])
+def test_diagnosis(cut: float):
+    a = norms()
+    layers = pd.DataFrame({"layer": [0, 1, 2], "cutoff": [np.nan, cut, np.nan]})
+    found = Diagnosis("model", "random", "scenes", 6, (48, 80), "artifacts", 1, "why", "rule", layers, [], a)
+    figure = draw.diagnosis(found)
+    growth, density = panels(figure)
+    v = artifacts.patches(a.sel(layer=1)).values.ravel()
+    np.testing.assert_allclose([bar.get_height() for bar in density.patches], np.histogram(v, 80, density=True)[0])
+    assert [line.get_xdata()[0] for line in density.lines] == ([30.0] if cut == 30 else [])
+    assert density.get_title() == "layer 1: artifacts"
+    assert growth.get_title() == "model"
+    assert mesh(growth).shape == (69, 3)
+    assert (np.nansum(mesh(growth), 0) > 0.98).all()
+
+
+def test_diagnosis_adds_maps_of_the_first_pictures():
+    a = norms()
+    layers = pd.DataFrame({"layer": [0, 1, 2], "cutoff": [np.nan, np.nan, np.nan]})
+    pictures, rows = np.random.default_rng(0).random((2, 48, 80, 3)), np.random.default_rng(1).random((2, 3, 5))
+    found = Diagnosis("model", "random", "scenes", 6, (48, 80), "none", 1, "why", "rule", layers, [], a, pictures, rows)
+    figure = draw.diagnosis(found)
+    images = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    assert len(images) == 6
+    np.testing.assert_array_equal(images[3], pictures[1])
+    np.testing.assert_array_equal(images[4], results.grid(a.sel(layer=1)).values[1])
+    np.testing.assert_array_equal(images[5], rows[1])
+    found.attention = None
+    assert len([axis for axis in draw.diagnosis(found).axes if axis.images]) == 4
+
+
+def test_note():
+    (axis,) = panels(draw.note("no registers here"))
+    assert [text.get_text() for text in axis.texts] == ["no registers here"]
+
+
+@pytest.mark.parametrize("count", [1, 6, 12])
+def test_heads(count: int):
+    picture, maps = RNG.random((9, 15, 3)), RNG.random((count, ROWS, COLUMNS))
+    masked = np.where(maps > 0.5, maps, 0)
+    axes = [axis for axis in panels(draw.heads(picture, maps, masked)) if axis.get_images()]
+    titles = [axis.get_title() for axis in axes]
+    names = [f"head {h + 1}" for h in range(count)]
+    assert titles == ["picture", *names, *(f"{name}, 60 %" for name in names)]
+    np.testing.assert_array_equal(image(axes[0]), picture)
+    for axis, values in zip(axes[1:], [*maps, *masked], strict=True):
+        np.testing.assert_array_equal(image(axis), values)
+
+
+def test_figures_are_closed():
+    """A figure that stays open would be shown twice in a notebook."""
+    before = plt.get_fignums()
+    draw.note("once")
+    draw.occupancy({"m": xr.DataArray(np.zeros((ROWS, COLUMNS)), dims=("y", "x"))})
+    assert plt.get_fignums() == before
+
+
+def test_style_stays_inside():
+    before = dict(plt.rcParams)
+    draw.note("once")
+    assert dict(plt.rcParams) == before

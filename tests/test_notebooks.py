@@ -1,0 +1,344 @@
+"""The notebooks: their form, their stored outputs against a fresh run, and other models through papermill."""
+
+import ast
+import configparser
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+import xarray as xr
+
+from vitregs import chapters, results
+
+CHAPTERS = chapters.names()
+CONFIG = Path(__file__).parent / "nbval.cfg"
+SHARED = ("models", "weights", "images", "count", "size", "seed", "device")  # what every chapter can be told
+
+each = pytest.mark.parametrize("chapter", CHAPTERS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Kernels of one thread each: tests beside this one use the other cores, and waiting threads cost the most."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@cache
+def read(chapter: str) -> Any:
+    return nbformat.read(chapters.NOTEBOOKS / f"{chapter}.ipynb", as_version=4)
+
+
+def tags(cell: Any) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def code(chapter: str) -> list[Any]:
+    return [c for c in read(chapter).cells if c.cell_type == "code"]
+
+
+def executed(chapter: str) -> bool:
+    return any(c.execution_count is not None or c.outputs for c in code(chapter))
+
+
+def needs_outputs(chapter: str) -> None:
+    if not executed(chapter):
+        pytest.skip(f"{chapter} has no stored outputs yet: make notebooks")
+
+
+def last(source: str) -> str:
+    """The last statement of a cell."""
+    return ast.unparse(ast.parse(source).body[-1])
+
+
+# --- form
+
+
+def test_there_are_chapters() -> None:
+    assert len(CHAPTERS) >= 4
+    assert [name.split("_")[0] for name in CHAPTERS] == [f"{i:02}" for i in range(1, len(CHAPTERS) + 1)]
+
+
+@each
+def test_a_notebook_is_valid_and_small(chapter: str) -> None:
+    book = read(chapter)
+    nbformat.validate(book)
+    assert book.metadata.kernelspec.name == "python3"
+    assert book.metadata.kernelspec.language == "python"
+    assert (chapters.NOTEBOOKS / f"{chapter}.ipynb").stat().st_size < 1e6
+    assert len({c.id for c in book.cells}) == len(book.cells)
+    assert "papermill" not in book.metadata
+    assert [c.id for c in book.cells if {"papermill", "execution"} & c.metadata.keys()] == []
+    assert [c.id for c in book.cells if "injected-parameters" in tags(c)] == []
+    assert len([c for c in code(chapter) if "solution" not in tags(c)]) <= 12
+
+
+@each
+def test_a_notebook_has_one_title_and_says_what_to_look_for(chapter: str) -> None:
+    book = read(chapter)
+    assert [c.id for c in book.cells if c.cell_type == "markdown" and re.search(r"^# ", c.source, re.MULTILINE)] == [
+        book.cells[0].id
+    ]
+    first = book.cells[0].source
+    assert len(re.findall(r"^# ", first, re.MULTILINE)) == 1
+    assert first.startswith("# ")
+    assert "**The claim**" in first
+    assert "Look for" in first
+
+
+@each
+def test_parameters_are_typed_literals_with_help(chapter: str) -> None:
+    cells = [c for c in code(chapter) if "parameters" in tags(c)]
+    assert len(cells) == 1
+    assert cells[0].id == code(chapter)[0].id
+    lines = ast.parse(cells[0].source).body
+    assert all(isinstance(line, ast.AnnAssign) for line in lines)
+    written = {line.target.id: ast.literal_eval(line.value) for line in lines}
+    types = {line.target.id: ast.unparse(line.annotation) for line in lines}
+    found = chapters.parameters(chapter)
+    assert {n: p.default for n, p in found.items()} == written
+    assert {n: p.type.__name__ for n, p in found.items()} == types
+    assert {n for n, p in found.items() if len(p.help) < 4} == set()
+    assert [n for n, p in found.items() if p.type in (int, float) and p.limits is None] == []
+    assert set(SHARED) <= found.keys()
+    # each one reaches the check inside the notebook
+    call = next(n for n in ast.walk(ast.parse(code(chapter)[1].source)) if isinstance(n, ast.Call) and _is_run(n))
+    assert ast.literal_eval(call.args[0]) == chapter
+    assert {k.arg: ast.unparse(k.value) for k in call.keywords} == {n: n for n in found}
+
+
+def _is_run(call: ast.Call) -> bool:
+    return ast.unparse(call.func) == "chapters.Run"
+
+
+@each
+def test_figures_have_captions_and_words(chapter: str) -> None:
+    drawing = [c for c in code(chapter) if "draw." in last(c.source) and "solution" not in tags(c)]
+    figures = [c for c in code(chapter) if "mystnb" in c.metadata]
+    assert drawing
+    assert [c.id for c in figures] == [c.id for c in drawing]
+    for cell in figures:
+        assert re.fullmatch(r"fig-[a-z0-9-]+", cell.metadata.mystnb.figure.name), cell.id
+        assert len(cell.metadata.mystnb.figure.caption) > 40, cell.id
+        assert len(cell.metadata.mystnb.image.alt) > 40, cell.id
+
+
+def test_names_of_figures_and_exercises_are_unique() -> None:
+    names = [c.metadata.mystnb.figure.name for n in CHAPTERS for c in code(n) if "mystnb" in c.metadata]
+    names += re.findall(r"^:name: (\S+)$", "\n".join(c.source for n in CHAPTERS for c in read(n).cells), re.MULTILINE)
+    assert len(names) == len(set(names))
+
+
+@each
+def test_exercises_have_separable_solutions(chapter: str) -> None:
+    cells = read(chapter).cells
+    kinds = ["exercise" if "exercise" in tags(c) else "solution" if "solution" in tags(c) else "" for c in cells]
+    assert kinds.count("exercise") >= 1
+    for i, kind in enumerate(kinds):
+        if kind == "exercise":
+            assert cells[i].cell_type == "markdown"
+            assert ":class: exercise" in cells[i].source
+            assert kinds[i + 1] == "solution"
+        if kind == "solution" and cells[i].cell_type == "code":
+            assert "hide-cell" in tags(cells[i])
+        elif kind == "solution":
+            assert ":class: dropdown" in cells[i].source
+        else:
+            assert ":class: dropdown" not in cells[i].source
+    # what stays when solutions are stripped does not need them
+    made = {n.id for c in code(chapter) if "solution" in tags(c) for n in ast.walk(ast.parse(c.source)) if _made(n)}
+    kept = [c for c in code(chapter) if "solution" not in tags(c)]
+    first = {n.id for c in kept for n in ast.walk(ast.parse(c.source)) if _made(n)}
+    used = {n.id for c in kept for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.Name) and not _made(n)}
+    assert (made - first) & used == set()
+
+
+def _made(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+@each
+def test_provenance_comes_last(chapter: str) -> None:
+    cell = read(chapter).cells[-1]
+    assert cell.source == "run.provenance()"
+    assert {"remove-input", "nbval-ignore-output"} <= set(tags(cell))
+
+
+@each
+def test_no_plumbing(chapter: str) -> None:
+    for cell in code(chapter):
+        nodes = list(ast.walk(ast.parse(cell.source)))
+        assert not [n for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)], cell.id
+        names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+        allowed = {"numpy", "pandas", "vitregs"} | ({"torch"} if "solution" in tags(cell) else set())
+        assert {n.split(".")[0] for n in names} <= allowed, cell.id
+        assert "hook" not in cell.source
+        assert not cell.source.startswith(("%", "!"))
+
+
+# --- stored outputs
+
+
+@each
+def test_stored_outputs_are_those_of_one_whole_run(chapter: str) -> None:
+    needs_outputs(chapter)
+    assert [c.execution_count for c in code(chapter)] == list(range(1, len(code(chapter)) + 1))
+    outputs = [(c.id, o) for c in code(chapter) for o in c.outputs]
+    assert [i for i, o in outputs if o.output_type == "error"] == []
+    assert [i for i, o in outputs if o.output_type == "stream" and o.name == "stderr"] == []
+    assert [i for i, o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})] == []
+    for cell in code(chapter):
+        if "mystnb" in cell.metadata:
+            assert [o for o in cell.outputs if "image/png" in o.get("data", {})], f"{cell.id} has no picture"
+    assert 'class="provenance"' in code(chapter)[-1].outputs[0].data["text/html"]
+    text = "\n".join(c.source for c in read(chapter).cells if c.cell_type == "markdown")
+    assert re.findall(r"^\W*(?:AGREES|TODO|TBD|FIXME|XXX)\b.*", text, re.MULTILINE) == []
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[int, str, Path]]:
+    """Run a chapter at its defaults under nbval, measuring everything anew: chapter → exit code, report, results."""
+
+    @cache
+    def run(chapter: str) -> tuple[int, str, Path]:
+        folder = tmp_path_factory.mktemp(chapter)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+        command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
+        command += ["--nbval-sanitize-with", str(CONFIG), str(chapters.NOTEBOOKS / f"{chapter}.ipynb")]
+        done = subprocess.run(
+            command,
+            cwd=results.ROOT,
+            env=environment | {"VITREGS_RESULTS": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr, folder / chapter
+
+    return run
+
+
+@each
+def test_stored_outputs_come_out_again(chapter: str, fresh: Callable[[str], tuple[int, str, Path]]) -> None:
+    needs_outputs(chapter)
+    status, report, folder = fresh(chapter)
+    assert status == 0, report[-6000:]
+    assert re.search(rf"\b{len(code(chapter))} passed", report), report[-2000:]
+    assert list(folder.glob("*.nc")), "nothing was measured"
+
+
+@each
+def test_stored_figure_data_come_out_again(chapter: str, fresh: Callable[[str], tuple[int, str, Path]]) -> None:
+    """nbval compares no pictures, so the arrays behind them are compared.
+
+    Scenes and weights are the same bits everywhere; sums of float32 in another order (threads, vector width) differ by
+    about 1e-6 each and a few 1e-5 after eight blocks. One part in a thousand of the largest value is far above that and
+    far below anything that can be seen in a figure.
+    """
+    kept = {p.name: p for p in (results.ROOT / "data" / "results" / chapter).glob("*.nc")}
+    if not kept:
+        pytest.skip(f"data/results/{chapter} holds no arrays yet: make notebooks")
+    _, report, folder = fresh(chapter)
+    assert {p.name for p in folder.glob("*.nc")} == kept.keys(), report[-2000:]
+    for name, path in kept.items():
+        old, new = results.load(path)["value"], results.load(folder / name)["value"]
+        assert old.dims == new.dims
+        xr.testing.assert_equal(old.coords.to_dataset(), new.coords.to_dataset())
+        scale = float(np.abs(old).max()) if old.size else 1.0
+        np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-3 * scale, err_msg=name)
+
+
+def test_the_comparison_forgives_dates_but_no_numbers() -> None:
+    config = configparser.ConfigParser()
+    config.read(CONFIG)
+    rules = [(re.compile(config[s]["regex"]), config[s]["replace"]) for s in config.sections()]
+
+    def clean(text: str) -> str:
+        for pattern, replace in rules:
+            text = pattern.sub(replace, text)
+        return text
+
+    same = [
+        ("made 2026-11-21", "made 2027-01-02"),
+        ("2026-11-21T10:11:12.5Z", "2026-11-22T00:11:12Z"),
+        ("<a at 0x7f07cf359d00>", "<a at 0x55aa12345678>"),
+        ("took 1.25 s", "took 14 s"),
+        ("/ipykernel_12/345.py:3", "/ipykernel_99/1.py:3"),
+    ]
+    assert [(a, b) for a, b in same if clean(a) != clean(b)] == []
+    kept = ["Figure size 640x480", "12.34 %", "model 0.25 [0.20, 0.31]", "8 layers, 64 pictures", "2.5 x the median"]
+    assert [t for t in kept if clean(t) != t] == []
+
+
+# --- other models, other pictures
+
+
+def outputs(file: Path) -> list[Any]:
+    return [o for c in nbformat.read(file, as_version=4).cells if c.cell_type == "code" for o in c.outputs]
+
+
+@each
+def test_a_published_model_on_real_pictures(chapter: str, shared_data: Path, tmp_path: Path) -> None:
+    name = "deit_tiny_patch16_224"
+    values = {
+        "models": [name],
+        "weights": [str(shared_data / "deit-tiny" / f"{name}.safetensors")],
+        "images": str(next((shared_data / "imagenette-224").glob("validation*.parquet"))),
+        "count": 4,
+        "device": "cpu",
+    }
+    made = chapters.execute(chapter, values, tmp_path / "out.ipynb", tmp_path / "results")
+    found = outputs(made)
+    assert [o for o in found if o.output_type == "error"] == []
+    assert [o.text for o in found if o.output_type == "stream" and o.name == "stderr"] == []
+    assert sum("image/png" in o.get("data", {}) for o in found) == sum("mystnb" in c.metadata for c in code(chapter))
+    assert results.file_hash(Path(values["weights"][0]))[:16] in found[-1].data["text/plain"]
+    arrays = [results.load(p)["value"] for p in (tmp_path / "results" / chapter).glob("*.nc")]
+    assert {str(a["model"].item()) for a in arrays} == {name}
+    assert {a.sizes["image"] for a in arrays if "image" in a.dims} == {4}
+
+
+def test_plain_papermill_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import papermill
+
+    monkeypatch.setenv("VITREGS_RESULTS", str(tmp_path / "results"))
+    book = papermill.execute_notebook(
+        str(chapters.NOTEBOOKS / "02_norms.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        {"models": ["supervised-pico-reg4"], "count": 4},
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    assert [c.source.splitlines()[1:] for c in book.cells if "injected-parameters" in tags(c)] == [
+        ['models = ["supervised-pico-reg4"]', "count = 4"]
+    ]
+    assert [o for o in outputs(tmp_path / "out.ipynb") if o.output_type == "error"] == []
+    norms = results.load(tmp_path / "results" / "02_norms" / "norms.supervised-pico-reg4.nc")["value"]
+    assert dict(norms.sizes) == {"image": 4, "layer": 9, "token": 149}
+
+
+def test_plain_papermill_is_checked_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cell behind the parameters checks them: cells before the measurement are all that runs."""
+    import papermill
+
+    monkeypatch.setenv("VITREGS_RESULTS", str(tmp_path / "results"))
+    book = read("02_norms")
+    short = nbformat.v4.new_notebook(cells=book.cells[:3], metadata=book.metadata)
+    nbformat.write(short, tmp_path / "in.ipynb")
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        papermill.execute_notebook(
+            str(tmp_path / "in.ipynb"), None, {"models": ["supervised-pika"]}, kernel_name="python3", progress_bar=False
+        )
+    assert caught.value.ename == "Problem"
+    assert caught.value.evalue == "unknown model 'supervised-pika': did you mean 'supervised-pico'?"
+    assert not (tmp_path / "results").exists()

@@ -1,0 +1,484 @@
+"""Training: recipes, schedule and first step against formulas, resumption bit for bit, faults, and the zoo it filled."""
+
+import errno
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitregs import backbones, results, scenes
+from vitregs.pretrain import history, loop, supervised
+from vitregs.pretrain.recipe import RECIPES, Recipe, parse, recipe
+from vitregs.problems import Problem
+
+TINY = recipe("supervised-pico").override(
+    name="tiny", steps=12, batch=2, image_size=32, patch_size=8, precision="fp32", warmup=3
+)
+WATCHED, SCORED = 8, 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_watch() -> Iterator[None]:
+    """Fewer held-out scenes, so that a look at the network takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "WATCHED", WATCHED)
+        patch.setattr(loop, "SCORED", SCORED)
+        yield
+
+
+def silent(_line: str) -> None:
+    return
+
+
+def train(chosen: Recipe, out: Path, report: Callable[[str], None] = silent, every: int = 4, **more) -> Path:
+    return loop.train(chosen, out=out, device="cpu", compiled=False, every=every, report=report, **more)
+
+
+def problem(call, *args: object, **kw: object) -> str:
+    with pytest.raises(Problem) as caught:
+        call(*args, **kw)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return backbones.read_weights(out / "weights.safetensors")
+
+
+def log(out: Path) -> xr.Dataset:
+    """The history of a run, without the clock."""
+    return results.load(out / "history.nc").drop_vars("seconds").drop_attrs()
+
+
+def same(one: Path, two: Path) -> None:
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    xr.testing.assert_identical(log(one), log(two))
+    cards = [json.loads((p / "recipe.json").read_text()) for p in (one, two)]
+    assert [{k: v for k, v in c.items() if k not in ("minutes", "provenance")} for c in cards] == [
+        {k: v for k, v in cards[0].items() if k not in ("minutes", "provenance")}
+    ] * 2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that nothing interrupted, by precision."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {p: train(TINY.override(precision=p), folder / p) for p in ("fp32", "bf16")}
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"size": "pica"}, "did you mean 'pico'"),
+        ({"objective": "supervized"}, "did you mean 'supervised'"),
+        ({"image_size": 33}, "image size 33 is not a multiple of the patch size 8"),
+        ({"patch_size": 0}, "patch_size must be positive, not 0"),
+        ({"precision": "fp16"}, "precision must be bf16 or fp32"),
+        ({"steps": 0}, "steps must be positive"),
+        ({"batch": -1}, "batch must be positive"),
+        ({"lr": math.nan}, "lr must be positive, not nan"),
+        ({"lr": math.inf}, "lr must be positive, not inf"),
+        ({"clip": -1.0}, "clip must be positive"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
+        ({"registers": -1}, "registers must be 0 or more"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"layer_scale": 0.0}, "layer_scale must be positive or none"),
+        ({"step": 3}, "unknown recipe setting 'step': did you mean 'steps'"),
+    ],
+)
+def test_recipes_that_make_no_sense(change: dict, says: str) -> None:
+    assert says in problem(TINY.override, **change)
+
+
+def test_settings_in_words() -> None:
+    words = ["steps=7", "lr=5e-4", "precision=bf16", "layer_scale=1e-4", "registers=2"]
+    made = parse(TINY, words)
+    assert (made.steps, made.lr, made.precision, made.layer_scale, made.registers) == (7, 5e-4, "bf16", 1e-4, 2)
+    assert parse(made, ["layer_scale=none"]).layer_scale is None
+    assert parse(TINY, []) == TINY
+    assert "steps takes int, not '1e3'" in problem(parse, TINY, ["steps=1e3"])
+    assert "steps takes int, not ''" in problem(parse, TINY, ["steps"])
+    assert "lr takes float, not 'fast'" in problem(parse, TINY, ["lr=fast"])
+    for word in ("name=x", "about=x", "difficulty=1", "stepz=3"):
+        assert "unknown recipe setting" in problem(parse, TINY, [word])
+
+
+def test_known_recipes() -> None:
+    assert "did you mean 'supervised-pico'" in problem(recipe, "supervised-pic")
+    for name, found in RECIPES.items():
+        assert found.name == name
+        assert recipe(name) is found
+        assert len(found.about) > 20
+        assert "about" not in found.facts()
+        assert json.loads(json.dumps(found.facts()))["difficulty"]["objects"] == list(found.difficulty.objects)
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if not n.endswith("-reg4")])
+def test_pairs_differ_in_their_registers_alone(name: str) -> None:
+    plain, with_registers = recipe(name), recipe(f"{name}-reg4")
+    differ = {k for k, v in plain.facts().items() if with_registers.facts()[k] != v}
+    assert differ == {"name", "registers"}
+    assert (plain.registers, with_registers.registers) == (0, 4)
+    nets = [supervised.build(r.override(size="pico")) for r in (plain, with_registers)]
+    one, two = ({k: tuple(v.shape) for k, v in n.state_dict().items()} for n in nets)
+    assert two.pop("reg_token") == (1, 4, 96)
+    assert one == two
+
+
+# --- schedule and optimiser
+
+
+def test_learning_rate_against_the_curve() -> None:
+    long = TINY.override(steps=1000, warmup=100, lr=0.5)
+    rate = [loop.learning_rate(long, s) for s in range(1001)]
+    assert rate[0] == pytest.approx(0.005)
+    assert np.allclose(np.diff(rate[:100]), 0.005)
+    assert rate[99] == rate[100] == pytest.approx(0.5)
+    assert rate[550] == pytest.approx(0.5 * (0.01 + 0.99 / 2))
+    assert rate[1000] == pytest.approx(0.005)
+    assert (np.diff(rate[100:]) < 0).all()
+    quarter = 0.5 * (0.01 + 0.99 * (2 + math.sqrt(2)) / 4)
+    assert rate[325] == pytest.approx(quarter)
+
+
+@given(steps=st.integers(1, 300), warmup=st.integers(1, 400), part=st.floats(0, 1))
+def test_learning_rate_is_always_usable(steps: int, warmup: int, part: float) -> None:
+    chosen = TINY.override(steps=steps, warmup=warmup)
+    assert 0 < loop.learning_rate(chosen, int(part * steps)) <= chosen.lr * (1 + 1e-9)
+
+
+def test_weight_decay_is_for_matrices() -> None:
+    net = supervised.build(TINY.override(registers=2, layer_scale=1e-4))
+    decaying, free = loop.optimiser(net, TINY).param_groups
+    name = {id(p): n for n, p in net.named_parameters()}
+    kinds = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    matrices = {f"blocks.{i}.{k}.weight" for i in range(8) for k in kinds}
+    assert {name[id(p)] for p in decaying["params"]} == matrices | {"patch_embed.proj.weight", "head.weight"}
+    assert {name[id(p)] for p in free["params"]} == set(name.values()) - {name[id(p)] for p in decaying["params"]}
+    assert {"cls_token", "reg_token", "pos_embed", "norm.bias", "blocks.0.ls1.gamma"} <= {
+        name[id(p)] for p in free["params"]
+    }
+    assert (decaying["weight_decay"], free["weight_decay"]) == (TINY.weight_decay, 0.0)
+
+
+def test_first_step_is_adamw_by_hand(tmp_path: Path) -> None:
+    chosen = TINY.override(steps=1, weight_decay=0.5, registers=2, clip=0.05)
+    net = supervised.build(chosen)
+    before = {k: v.detach().double() for k, v in net.named_parameters()}
+    seen = scenes.render(2, 32, seed=0, first=0, difficulty=chosen.difficulty)
+    x = net((seen.pixels - 0.42) / 0.25)
+    entropy = x.clamp(min=0) - x * seen.labels + torch.log1p(torch.exp(-x.abs()))  # written out
+    assert entropy.mean().item() == pytest.approx(supervised.loss(net, seen).item(), rel=1e-6)
+    supervised.loss(net, seen).backward()
+    slope = {k: p.grad.double() for k, p in net.named_parameters()}
+    total = math.sqrt(sum(float((g**2).sum()) for g in slope.values()))
+    assert total > chosen.clip  # else clipping is not tested
+    lr, after = chosen.lr / chosen.warmup, weights(train(chosen, tmp_path / "run"))
+    for name, p in before.items():
+        g = slope[name] * chosen.clip / (total + 1e-6)
+        mean, square = 0.1 * g / (1 - 0.9), 0.05 * g**2 / (1 - 0.95)  # bias is corrected at step 1
+        decay = 0.5 if p.ndim > 1 and name not in ("cls_token", "reg_token", "pos_embed") else 0.0
+        wanted = p * (1 - lr * decay) - lr * mean / (square.sqrt() + 1e-8)
+        assert float((after[name] - wanted).abs().max()) < 2e-7, name
+        assert not torch.equal(after[name].double(), p), name
+
+
+def test_loss_falls(tmp_path: Path) -> None:
+    out = train(TINY.override(steps=48, batch=8, warmup=8), tmp_path / "run", every=8)
+    loss = log(out)["loss"].values
+    assert np.isnan(loss[0])  # nothing was learned from yet
+    assert np.isfinite(loss[1:]).all()
+    assert loss[-1] < 0.4 * loss[1]
+
+
+def test_when_it_looks() -> None:
+    assert [s for s in range(101) if history.due(s, 100, 40)] == [0, 16, 32, 40, 64, 80, 100]
+    assert history.due(3, 3, 500)
+
+
+# --- resumption
+
+
+class Stop:
+    """A function that is interrupted at its nth call."""
+
+    def __init__(self, call: Callable, at: int) -> None:
+        self.call, self.left = call, at
+
+    def __call__(self, *args: object, **kw: object) -> object:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.call(*args, **kw)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("place", ["step 0", "step 1", "step 4", "step 11", "report 1", "report 3", "save 2"])
+def test_interrupted_training_ends_in_the_same_weights(
+    whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, place: str
+) -> None:
+    what, _, at = place.partition(" ")
+    chosen = TINY.override(precision=precision)
+    owner, name = {"step": (supervised, "loss"), "save": (torch, "save"), "report": (loop, "line")}[what]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, Stop(getattr(owner, name), int(at)))
+        with pytest.raises(KeyboardInterrupt):
+            train(chosen, tmp_path / "run")
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    told: list[str] = []
+    same(train(chosen, tmp_path / "run", told.append), whole[precision])
+    assert len(told) < 4  # it went on, and did not start anew
+
+
+def test_interrupted_twice_and_finished_twice(whole: dict[str, Path], tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(supervised, "loss", Stop(supervised.loss, 6))
+            with pytest.raises(KeyboardInterrupt):
+                train(TINY, tmp_path / "run")
+    same(train(TINY, tmp_path / "run"), whole["fp32"])
+    before = (tmp_path / "run" / "weights.safetensors").read_bytes()
+    told: list[str] = []
+    same(train(TINY, tmp_path / "run", told.append), whole["fp32"])
+    assert told == []  # nothing was left to do
+    assert (tmp_path / "run" / "weights.safetensors").read_bytes() == before
+
+
+def test_precision_matters_and_the_seed_too(whole: dict[str, Path], tmp_path: Path) -> None:
+    """Else the comparisons above compare nothing."""
+    other = weights(train(TINY.override(seed=1), tmp_path / "run"))
+    assert not torch.equal(weights(whole["fp32"])["head.weight"], weights(whole["bf16"])["head.weight"])
+    assert not torch.equal(weights(whole["fp32"])["head.weight"], other["head.weight"])
+
+
+def test_restart_forgets_the_checkpoint(whole: dict[str, Path], tmp_path: Path) -> None:
+    train(TINY.override(seed=1), tmp_path / "run")
+    same(train(TINY, tmp_path / "run", resume=False), whole["fp32"])
+
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(int(sys.argv[2]))
+from vitregs.pretrain import loop, recipe
+loop.WATCHED, loop.SCORED = 8, 16
+chosen = recipe.recipe("supervised-pico").override(
+    name="tiny", steps=12, batch=2, image_size=32, patch_size=8, precision="fp32", warmup=3)
+loop.train(chosen, out=Path(sys.argv[1]), device="cpu", compiled=False, every=4, report=lambda t: print(t, flush=True))
+"""
+
+
+def test_a_killed_training_ends_in_the_same_weights(whole: dict[str, Path], tmp_path: Path) -> None:
+    lines, late = random.randint(1, 2), random.uniform(0, 0.05)
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path / "run"), str(torch.get_num_threads())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        told = [child.stdout.readline() for _ in range(lines)]
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(late)  # somewhere between two checkpoints, or while one is written
+        child.kill()
+        rest, error = child.communicate()
+    assert all(told), error[-2000:]
+    assert child.returncode != 0, (lines, late, rest)
+    again: list[str] = []
+    same(train(TINY, tmp_path / "run", again.append), whole["fp32"])
+    assert len(again) < 4, (lines, late, again)
+
+
+# --- faults
+
+
+def test_a_checkpoint_of_another_recipe_is_left_alone(tmp_path: Path) -> None:
+    train(TINY.override(steps=1), tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert "belongs to another recipe" in problem(train, TINY, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_checkpoints(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "sprung",)
+
+    train(TINY.override(steps=1), tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint.pt"
+    good = file.read_bytes()
+    state = torch.load(file, weights_only=True)
+    for damage in (good[: len(good) // 2], b"", b"PK\x03\x04 nothing"):
+        file.write_bytes(damage)
+        assert "is damaged or no checkpoint" in problem(train, TINY.override(steps=1), tmp_path / "run")
+        assert file.read_bytes() == damage
+    for other in ([1, 2], {"net": {}}, {**state, "net": {}}, {**state, "optimizer": {}}, Trap()):
+        torch.save(other, file)
+        assert "is damaged or no checkpoint" in problem(train, TINY.override(steps=1), tmp_path / "run")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch.save, []
+
+    def save(state: dict, file: Path) -> None:
+        calls.append(state["step"])
+        if state["step"] == 8:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        assert "checkpoint.pt: No space left on device" in problem(train, TINY, tmp_path / "run")
+    assert calls == [0, 4, 8]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+    same(train(TINY, tmp_path / "run"), whole["fp32"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file size are POSIX")
+def test_a_disk_that_really_refuses(tmp_path: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        says = problem(train, TINY, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in says
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_loss_that_explodes(tmp_path: Path) -> None:
+    says = problem(train, TINY.override(lr=1e30, warmup=1), tmp_path / "run")
+    assert "not finite" in says
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 0
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    assert "device 'cuda:99' is not available" in problem(loop.train, TINY, out=tmp_path / "run", device="cuda:99")
+    assert not (tmp_path / "run").exists()
+
+
+# --- what a run leaves
+
+
+def test_history(whole: dict[str, Path]) -> None:
+    found = results.load(whole["fp32"] / "history.nc")
+    assert dict(found.sizes) == {"step": 4, "layer": 9, "bin": 200, "block": 8, "kind": 3}
+    assert found["step"].values.tolist() == [0, 4, 8, 12]
+    assert found["layer"].values.tolist() == list(range(9))
+    assert found["block"].values.tolist() == list(range(1, 9))
+    assert found["kind"].values.tolist() == ["cls", "register", "patch"]
+    assert {k: v.dims for k, v in found.data_vars.items() if k not in ("loss", "accuracy", "seconds")} == {
+        "hist": ("step", "layer", "bin"),
+        "median": ("step", "layer"),
+        "largest": ("step", "layer"),
+        "top1": ("step", "layer"),
+        "sink": ("step", "block", "kind"),
+    }
+    assert (found["hist"].sum("bin") == 16 * WATCHED).all()
+    peak = found["bin"].values[found["hist"].argmax("bin").values]
+    assert (np.abs(np.log(peak / found["median"])) < 0.7).all()  # the histogram and the median tell of the same norms
+    assert (found["largest"] >= found["top1"]).all()
+    assert found["sink"].sel(kind="register").isnull().all()
+    assert (found["sink"].sel(kind=["cls", "patch"]) > 0).all()
+    assert (np.diff(found["seconds"]) > 0).all()
+    assert {"code", "commit", "date", "device", "recipe"} <= found.attrs.keys()
+
+
+def test_a_published_run_loads_as_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = TINY.override(name="tiny-reg", registers=3, steps=2)
+    out = train(chosen, tmp_path / "zoo" / chosen.name)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint.pt",
+        "history.nc",
+        "recipe.json",
+        "weights.safetensors",
+    ]
+    assert {p.stat().st_mode & 0o777 for p in out.iterdir()} == {0o644}  # for others too
+    monkeypatch.setattr(backbones, "ZOO", tmp_path / "zoo")
+    assert backbones.zoo() == ["tiny-reg"]
+    loaded = backbones.load("tiny-reg", device="cpu")
+    assert (loaded.registers, loaded.has_cls, loaded.size, loaded.patch_size) == (3, True, (32, 32), (8, 8))
+    assert backbones.history("tiny-reg").sizes["step"] == 2
+    net = supervised.build(chosen)
+    net.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["net"])
+    net.eval()
+    pixels = scenes.render(5, 32, seed=3).pixels
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(pixels), net((pixels - 0.42) / 0.25))
+
+
+def test_score_counts_any_class_in_view() -> None:
+    seen = scenes.render(70, 32, seed=5)
+
+    def oracle(x: torch.Tensor) -> torch.Tensor:  # names a class in view for the first half, another for the rest
+        rows = [int((supervised.normalise(seen.pixels) == p).flatten(1).all(1).nonzero()[0]) for p in x]
+        right, wrong = seen.labels[rows].int().argmax(1), (~seen.labels[rows]).int().argmax(1)
+        return F.one_hot(torch.where(torch.tensor(rows) < 35, right, wrong), 64).float()
+
+    shown = seen.labels.any(1)[:35].sum()
+    assert supervised.score(oracle, seen) == pytest.approx(float(shown) / 70)
+
+
+def test_the_report_says_how_it_stands() -> None:
+    first = {"step": 0, "loss": math.nan, "accuracy": 0.1, "seconds": 3.0, "top1": [1.0, 2.5, 2.0]}
+    then = {**first, "step": 6, "loss": 0.5, "seconds": 5.0}
+    assert loop.line(TINY, [first]).endswith("top-1% ratio 2.50 (layer 1)")
+    assert "tiny step 6/12  loss 0.5000  accuracy 0.100" in loop.line(TINY, [first, then])
+    assert loop.line(TINY, [first, then]).endswith("6 images/s  0 min left")
+    assert "images/s" in loop.line(TINY, [first, {**then, "seconds": 3.0}])  # a clock that stands still
+
+
+# --- the zoo
+
+
+@pytest.mark.parametrize("name", backbones.zoo())
+def test_a_zoo_entry_is_what_its_card_says(name: str) -> None:
+    folder = backbones.ZOO / name
+    assert sorted(p.name for p in folder.iterdir()) == ["history.nc", "recipe.json", "weights.safetensors"]
+    card = json.loads((folder / "recipe.json").read_text())
+    assert card["weights"] == results.file_hash(folder / "weights.safetensors")
+    assert card["recipe"] == json.loads(json.dumps(recipe(name).facts()))
+    backbone = backbones.load(name, device="cpu")
+    assert (backbone.registers, backbone.size) == (recipe(name).registers, (recipe(name).image_size,) * 2)
+    held = scenes.render(512, backbone.size, seed=0, first=2**40, difficulty=recipe(name).difficulty)
+    best = torch.cat([backbone.logits(part) for part in held.pixels.split(64)]).argmax(1)
+    accuracy = float(held.labels[torch.arange(512), best].float().mean())
+    assert accuracy == pytest.approx(card["accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize("name", backbones.zoo())
+def test_a_zoo_entry_has_its_history(name: str) -> None:
+    found, chosen = backbones.history(name), recipe(name)
+    patches = (chosen.image_size // chosen.patch_size) ** 2
+    assert (found["hist"].sum("bin") == patches * 64).all()
+    assert found["step"].values[0] == 0
+    assert (np.diff(found["step"]) > 0).all()
+    assert found["step"].values[-1] <= chosen.steps
+    card = json.loads((backbones.ZOO / name / "recipe.json").read_text())
+    assert float(found["accuracy"][-1]) == pytest.approx(card["accuracy"])
+    assert json.loads(found.attrs["recipe"]) == card["recipe"]
+
+
+def test_the_zoo_is_small() -> None:
+    assert len(backbones.zoo()) >= 2
+    assert sum(p.stat().st_size for p in backbones.ZOO.rglob("*") if p.is_file()) < 150e6

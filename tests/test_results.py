@@ -1,0 +1,345 @@
+"""Results: measured once, kept whole or not at all, and labelled so that nobody needs an integer offset."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitregs import results
+from vitregs.problems import Problem, unknown
+
+KEY = {"model": "pico", "images": 4}
+
+
+def dataset(value: float = 1.5) -> xr.Dataset:
+    kinds = ["cls", "register"] + ["patch"] * 6
+    norms = np.full((2, 8), value, np.float32)
+    norms[0, 0] = np.nan
+    return xr.Dataset(
+        {
+            "norm": (("image", "token"), norms),
+            "count": ("image", np.arange(2)),
+            "seen": ("image", [True, False]),
+            "single": 3.25,
+        },
+        coords={"image": ["a", "b"], **results.token_coords(kinds, (2, 3))},
+        attrs={"note": "of a test", "share": 0.5},
+    )
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> xr.Dataset:
+        self.calls += 1
+        return dataset(self.calls)
+
+
+def problem(call, *args: object, **kw: object) -> str:
+    with pytest.raises(Problem) as caught:
+        call(*args, **kw)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- labels
+
+
+def test_token_coords() -> None:
+    coords = results.token_coords(["cls", "cls", "register", "register", *["patch"] * 6], (2, 3))
+    assert {d for d, _ in coords.values()} == {"token"}
+    get = {k: list(v) for k, (_, v) in coords.items()}
+    assert get["kind"] == ["cls"] * 2 + ["register"] * 2 + ["patch"] * 6
+    assert get["label"] == ["cls", "dist", "reg0", "reg1", "0,0", "0,1", "0,2", "1,0", "1,1", "1,2"]
+    assert get["y"] == [-1] * 4 + [0, 0, 0, 1, 1, 1]
+    assert get["x"] == [-1] * 4 + [0, 1, 2, 0, 1, 2]
+    assert results.token_coords(["patch"], (1, 1), "query")["kind"][0] == "query"
+
+
+def test_token_coords_that_do_not_fit() -> None:
+    assert "5 patch tokens do not fill a grid of 2x3" in problem(results.token_coords, ["patch"] * 5, (2, 3))
+    assert "0 patch tokens do not fill a grid of 1x1" in problem(results.token_coords, [], (1, 1))
+    assert "did you mean 'register'" in problem(results.token_coords, ["registers", "patch"], (1, 1))
+    many = results.token_coords(["cls"] * 4 + ["patch"], (1, 1))
+    assert len(set(many["label"][1])) == 5
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 5), prefix=st.integers(0, 3), lead=st.integers(1, 3))
+def test_grid_round_trip(rows: int, columns: int, prefix: int, lead: int) -> None:
+    kinds = ["cls"] * min(prefix, 1) + ["register"] * max(0, prefix - 1) + ["patch"] * (rows * columns)
+    values = np.random.default_rng(0).random((lead, len(kinds), 2))
+    array = xr.DataArray(
+        values,
+        dims=("image", "token", "channel"),
+        coords={"image": np.arange(lead) + 7, "model": "m", **results.token_coords(kinds, (rows, columns))},
+        attrs={"unit": "none"},
+        name="state",
+    )
+    maps = results.grid(array)
+    assert maps.dims == ("image", "channel", "y", "x")
+    assert maps.attrs == array.attrs
+    assert maps.name == "state"
+    assert maps["image"].values.tolist() == array["image"].values.tolist()
+    assert maps["model"].item() == "m"
+    back = maps.stack(token=("y", "x")).transpose("image", "token", "channel").values
+    assert np.array_equal(back, values[:, prefix:])
+    for y in range(rows):
+        for x in range(columns):
+            here = array.isel(token=int(np.flatnonzero(array["label"] == f"{y},{x}")[0]))
+            assert np.array_equal(maps.isel(y=y, x=x), here)
+
+
+def test_grid_of_what_is_none() -> None:
+    norms = dataset()["norm"]
+    assert "0 patch tokens do not fill" in problem(results.grid, norms.isel(token=[0, 1]))
+    assert "5 patch tokens do not fill a grid of 2x3" in problem(results.grid, norms.isel(token=[2, 3, 4, 5, 7]))
+    assert "row after row" in problem(results.grid, norms.isel(token=[3, 2, 4, 5, 6, 7]))
+
+
+# --- memory
+
+
+def test_measured_once(tmp_path: Path) -> None:
+    count, file = Counter(), tmp_path / "deep" / "er" / "r.nc"
+    first = results.stored(file, count, key=KEY)
+    second = results.stored(file, count, key=KEY)
+    assert count.calls == 1
+    xr.testing.assert_identical(first, second)
+    assert {k: v.dtype.kind for k, v in second.variables.items()} == {
+        k: v.dtype.kind for k, v in first.variables.items()
+    }
+    assert np.isnan(second["norm"].values[0, 0])
+    assert second["label"].values[2] == "0,0"
+    results.stored(file, count, key=dict(reversed(KEY.items())))
+    assert count.calls == 1  # the order of the key says nothing
+
+
+def test_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, file = Counter(), tmp_path / "r.nc"
+    results.stored(file, count, key=KEY)
+    assert float(results.stored(file, count, key={**KEY, "images": 5})["norm"].max()) == 2
+    assert float(results.stored(file, count, key={**KEY, "images": 5})["norm"].max()) == 2
+    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 3
+    assert float(results.stored(file, count, key=KEY, refresh=True)["norm"].max()) == 4
+    monkeypatch.setattr(results, "code_hash", lambda: "of other code")
+    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 5
+    assert results.stored(file, count, key=KEY).attrs["code"] == "of other code"
+    assert count.calls == 5
+
+
+@pytest.mark.parametrize("damage", ["empty", "words", "cut", "flipped", "other netCDF"])
+def test_a_broken_file_is_measured_anew(tmp_path: Path, damage: str) -> None:
+    count, file = Counter(), tmp_path / "r.nc"
+    results.stored(file, count, key=KEY)
+    whole = file.read_bytes()
+    file.write_bytes({"empty": b"", "words": b"not netCDF\n" * 99, "cut": whole[: len(whole) // 2]}.get(damage, whole))
+    if damage == "flipped":
+        file.write_bytes(bytes(b ^ 255 for b in whole))
+    if damage == "other netCDF":
+        results.save(xr.Dataset({"a": 1}), file)
+    else:
+        assert "cannot read results" in problem(results.load, file)
+    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 2
+    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 2
+
+
+def test_provenance(tmp_path: Path) -> None:
+    kept = results.stored(tmp_path / "r.nc", Counter(), key={**KEY, "weights": Path("w"), "size": (3, 4)})
+    attrs = results.load(tmp_path / "r.nc").attrs
+    assert attrs == kept.attrs
+    for name in ("code", "commit", "date", "python", "torch", "timm", "machine"):
+        assert attrs[name]
+    assert attrs["code"] == results.code_hash()
+    assert json.loads(attrs["key"])["size"] == [3, 4]
+    assert attrs["note"] == "of a test"
+    more = results.provenance(n=3, device="cpu", pair=(1, 2))
+    assert (more["n"], more["device"], more["pair"]) == ("3", "cpu", "[1, 2]")
+
+
+def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_args: object, **_kw: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", gone)
+    results._commit.cache_clear()
+    try:
+        assert results.provenance()["commit"] == "unknown"
+    finally:
+        results._commit.cache_clear()
+
+
+def test_hashes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert results.file_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert len(results.code_hash()) == 12
+
+
+def test_code_hash_follows_the_code(tmp_path: Path) -> None:
+    """A copy of the library elsewhere has the same hash; one changed letter gives another."""
+    package = tmp_path / "vitregs"
+    package.mkdir()
+    for file in Path(results.__file__).parent.rglob("*.py"):
+        target = package / file.relative_to(Path(results.__file__).parent)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+
+    def ask() -> str:
+        code = "from vitregs import results; print(results.__file__, results.code_hash())"
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        where, found = done.stdout.split()
+        assert Path(where).parent == package
+        return found
+
+    first = ask()
+    assert first == results.code_hash.__wrapped__()
+    with (package / "scenes.py").open("a") as file:
+        file.write("#\n")
+    assert ask() != first
+
+
+# --- whole or not at all
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def full(*_args: object, **_kw: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("place", ["write_bytes", "chmod", "replace", "mkstemp"])
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, file = Counter(), tmp_path / "r.nc"
+    results.stored(file, count, key=KEY)
+    before = file.read_bytes()
+    with monkeypatch.context() as patch:
+        owner = {"replace": results.os, "mkstemp": results.tempfile}.get(place, Path)
+        patch.setattr(owner, place, full)
+        says = problem(results.stored, file, count, key=KEY, refresh=True)
+    assert "No space left on device" in says
+    assert "r.nc" in says
+    assert count.calls == 2
+    assert file.read_bytes() == before
+    assert leftovers(tmp_path) == ["r.nc"]
+    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 1
+
+
+def test_half_a_file_never_shows(tmp_path: Path) -> None:
+    file = tmp_path / "r.txt"
+
+    def write(spare: Path) -> None:
+        assert spare != file
+        assert spare.parent == tmp_path
+        spare.write_text("half")
+        assert not file.exists()
+        full()
+
+    assert "No space left" in problem(results.write_whole, file, write)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "r.txt").write_text("old")
+
+    def write(spare: Path) -> None:
+        spare.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        results.write_whole(tmp_path / "r.txt", write)
+    assert (tmp_path / "r.txt").read_text() == "old"
+    assert leftovers(tmp_path) == ["r.txt"]
+
+
+def test_a_failed_measurement_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> xr.Dataset:
+        raise Problem("it cannot be measured")
+
+    assert "it cannot be measured" in problem(results.stored, tmp_path / "r.nc", fail, key=KEY)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_args: object, **_kw: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:  # root may write anywhere, so that a read-only folder proves nothing
+        patch.setattr(results.tempfile, "mkstemp", deny)
+        assert "Permission denied" in problem(results.save, dataset(), tmp_path / "r.nc")
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write" in problem(results.save, dataset(), tmp_path / "file" / "r.nc")
+    (tmp_path / "folder.nc").mkdir()
+    assert "cannot write" in problem(results.save, dataset(), tmp_path / "folder.nc")
+    assert leftovers(tmp_path) == ["file", "folder.nc"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file size are POSIX")
+@pytest.mark.parametrize("writer", ["netCDF", "torch", "safetensors"])
+def test_real_writers_on_a_disk_that_fills(tmp_path: Path, writer: str) -> None:
+    """The operating system refuses what goes beyond 20 kB, as a full disk does."""
+    code = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch, xarray as xr
+from safetensors.torch import save_file
+from vitregs import results
+from vitregs.problems import Problem
+file, writer = Path(sys.argv[1]), sys.argv[2]
+noise = torch.rand(100_000)
+def write():
+    if writer == "netCDF":
+        results.save(xr.Dataset({"a": ("x", noise.numpy())}), file)
+    elif writer == "torch":
+        results.write_whole(file, lambda spare: torch.save({"a": noise}, spare))
+    else:
+        results.write_whole(file, lambda spare: save_file({"a": noise}, spare))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    write()
+except Problem as error:
+    print("Problem:", error)
+"""
+    file = tmp_path / "r"
+    file.write_text("old")
+    command = [sys.executable, "-W", "ignore", "-c", code, str(file), writer]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("Problem: cannot write"), done.stderr[-2000:]
+    assert done.stdout.count("\n") == 1
+    assert file.read_text() == "old"
+    assert leftovers(tmp_path) == ["r"]
+
+
+def test_the_new_file_can_be_read_by_all(tmp_path: Path) -> None:
+    results.write_whole(tmp_path / "r.txt", lambda spare: spare.write_text("new"))
+    assert (tmp_path / "r.txt").read_text() == "new"
+    assert (tmp_path / "r.txt").stat().st_mode & 0o777 == 0o644
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert "cannot read results" in problem(results.load, tmp_path / "gone.nc")
+
+
+# --- problems
+
+
+def test_a_problem_is_one_line() -> None:
+    assert str(Problem("first\n  second\tthird")) == "first second third"
+    assert isinstance(Problem("x"), ValueError)
+
+
+def test_unknown_names() -> None:
+    assert str(unknown("fruit", "aple", ["pear", "apple"])) == "unknown fruit 'aple': did you mean 'apple'?"
+    assert str(unknown("fruit", 3, ["pear", "apple"])) == "unknown fruit '3': choose from apple, pear"
+    assert str(unknown("n", "?", map(str, range(30)))).endswith(", …")
