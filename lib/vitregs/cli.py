@@ -56,6 +56,8 @@ def _parser() -> _Parser:
     train.add_argument("settings", nargs="*", help="overrides, as steps=1000 lr=5e-4")
     train.add_argument("--out", type=Path, help="folder (default runs/RECIPE)")
     train.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default auto)")
+    train.add_argument("--images", help="where the recipe's pictures lie: a folder, parquet files (default: the hub)")
+    train.add_argument("--minutes", type=float, help="stop in time, with a checkpoint; the same command goes on")
     train.add_argument("--restart", action="store_true", help="start anew instead of resuming")
 
     listing = commands.add_parser("models", help="list the models that can be named")
@@ -126,14 +128,18 @@ def _run(words: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _train(words: argparse.Namespace) -> None:
-    from vitregs.pretrain import loop, recipe
+    from vitregs.pretrain import loop, recipe, recipes
 
     if not words.recipe:
-        print("\n".join(f"{r.name:<24} {r.about}" for r in recipe.RECIPES.values()))
+        print("\n".join(f"{r.name:<24} {r.about}" for r in recipes.RECIPES.values()))
         return
-    chosen = recipe.parse(recipe.recipe(words.recipe), words.settings)
+    chosen = recipe.parse(recipes.recipe(words.recipe), words.settings)
     out = words.out or Path("runs") / chosen.name
-    print(loop.train(chosen, out=out, device=words.device, resume=not words.restart))
+    done = loop.train(
+        chosen, out=out, device=words.device, images=words.images, resume=not words.restart, minutes=words.minutes
+    )
+    if done:
+        print(done)
 
 
 def _models(words: argparse.Namespace) -> None:

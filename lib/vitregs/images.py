@@ -107,6 +107,8 @@ class Hub:
         for key in [self.column, *(m for m in MASKS if m in columns)]:
             self.rows = self.rows.cast_column(key, datasets.Image(decode=False))
         self.keys = [next((k for k in options if k in columns), None) for options in (LABELS, BOXES, MASKS)]
+        names = getattr((self.rows.features or {}).get(self.keys[0]), "names", None)
+        self.classes: list[str] = list(names or [])  # in the order of integer labels; empty where none are named
         facts: list[object] = [(f.name, f.stat().st_size) for f in files] or [name]
         self.fingerprint = hashlib.sha256(repr([facts, self.split]).encode()).hexdigest()[:12]
 

@@ -76,10 +76,14 @@ def code_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def file_hash(path: Path) -> str:
-    """Hash a file: path → SHA-256 as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_hash(*paths: Path) -> str:
+    """Hash files one after the other, as if they were one: paths → SHA-256 as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 @cache

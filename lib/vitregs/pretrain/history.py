@@ -1,17 +1,23 @@
-"""What is watched while a network trains: loss, accuracy and, at every layer, norms and attention sinks."""
+"""What is watched while a network trains: loss, scores and, at every layer, norms, channels and attention sinks."""
 
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
 
-from vitregs import artifacts, capture
+from vitregs import artifacts, capture, cutoffs
 from vitregs.backbones import Backbone
+from vitregs.pretrain.feeds import Batch
 
 EDGES = np.logspace(-1, 4, 201)  # of the norm histograms
 KINDS = ("cls", "register", "patch")
+BY_LAYER = ("median", "largest", "top1", "kurtosis", "share", "separation", "ratio")
+NEIGHBOURS = 10
+# The rule of the hunt, fixed before any run (data/results/LOG.md, 2026-11-25): in some block, typical picture
+EMERGED_TOP1, EMERGED_SEPARATION = 4.0, 3.0
 
 
 def due(step: int, steps: int, every: int) -> bool:
@@ -23,11 +29,26 @@ def look(backbone: Backbone, pixels: Tensor) -> dict[str, Any]:
     """Measure a network on fixed pictures: → per-layer numbers as lists, so that a checkpoint can hold them.
 
     `hist` (layer, bin) counts patch norms; `largest` and `top1` are medians over pictures of largest / median and
-    top-1-% mean / median norm; `sink` (block, kind) is the largest concentration of attention on one token.
+    top-1-% mean / median norm; `kurtosis` is that of the channels of patch tokens, each standardised over tokens (3 for a
+    Gaussian); `share`, `separation` and `ratio` describe the second mode that the cut-off rule sees (0 where it sees
+    none, nan with too few tokens); `sink` (block, kind) is the largest concentration of attention on one token.
     """
-    norms = capture.norms(backbone, pixels)
-    patch = norms.isel(token=np.flatnonzero(norms.kind == "patch"))
+    kurtosis: list[float] = [0.0] * (backbone.depth + 1)
+
+    def peaked(layer: int) -> capture.Reduce:
+        def reduce(state: Tensor) -> None:
+            z = state[:, backbone.prefix :].float().flatten(0, 1)
+            z = (z - z.mean(0)) / (z.std(0) + 1e-6)
+            kurtosis[layer] = float((z**4).mean())
+
+        return reduce
+
+    with capture.tap(backbone.net, {n: peaked(n) for n in range(backbone.depth + 1)}):
+        norms = capture.norms(backbone, pixels, batch=len(pixels))
+    patch = artifacts.patches(norms)
     hist = np.stack([np.histogram(patch.isel(layer=i), EDGES)[0] for i in range(patch.sizes["layer"])])
+    enough = patch.isel(layer=0).size >= cutoffs.LEAST_DATA
+    modes = [artifacts.cutoff(norms.isel(layer=i)) for i in range(patch.sizes["layer"])] if enough else []
     taken = capture.concentration(backbone, pixels[:32])
     sink = [
         [float(part.max("token").mean("image")) if part.sizes["token"] else float("nan") for part in kinds]
@@ -41,8 +62,40 @@ def look(backbone: Backbone, pixels: Tensor) -> dict[str, Any]:
         "median": patch.median(("image", "token")).values.tolist(),
         "largest": artifacts.largest_ratio(norms).median("image").values.tolist(),
         "top1": artifacts.top_ratio(norms).median("image").values.tolist(),
+        "kurtosis": kurtosis,
+        **{
+            k: [float(getattr(m, k)) for m in modes] or [float("nan")] * patch.sizes["layer"]
+            for k in ("share", "separation", "ratio")
+        },
         "sink": sink,
     }
+
+
+@torch.no_grad()
+def features(backbone: Backbone, pixels: Tensor, batch: int = 64) -> Tensor:
+    """CLS and mean patch after the final norm, side by side: (n, 3, H, W) in [0, 1] → unit vectors (n, 2·d or d)."""
+    parts = []
+    for part in pixels.split(batch):
+        tokens = backbone.net.forward_features(backbone.prepare(part))  # type: ignore[operator]
+        patches = tokens[:, backbone.prefix :].mean(1)
+        parts.append(torch.cat([tokens[:, 0], patches], 1) if backbone.has_cls else patches)
+    return F.normalize(torch.cat(parts).float(), dim=-1)
+
+
+def knn(backbone: Backbone, bank: Batch, queries: Batch, neighbours: int = NEIGHBOURS) -> float:
+    """Share of queries whose neighbours vote for a class in view: labelled bank, queries → in [0, 1], nan without labels.
+
+    The vote is weighted by exp(similarity / 0.07) as in DINO (Caron et al. 2021, appendix F.1).
+    """
+    if not bool(bank.labels.any()):
+        return float("nan")
+    known = bank.label >= 0
+    near, at = (features(backbone, queries.pixels) @ features(backbone, bank.pixels[known]).T).topk(
+        min(neighbours, int(known.sum()))
+    )
+    votes = F.one_hot(bank.label[known][at], bank.labels.shape[1]) * (near / 0.07).exp()[..., None]
+    best = votes.sum(1).argmax(1, keepdim=True)
+    return float(queries.labels.gather(1, best).float().mean())
 
 
 def dataset(records: list[dict[str, Any]]) -> xr.Dataset:
@@ -50,14 +103,9 @@ def dataset(records: list[dict[str, Any]]) -> xr.Dataset:
     layers = len(records[0]["median"])
     return xr.Dataset(
         {
-            "loss": ("step", [r["loss"] for r in records]),
-            "accuracy": ("step", [r["accuracy"] for r in records]),
-            "seconds": ("step", [r["seconds"] for r in records]),
+            **{k: ("step", [r[k] for r in records]) for k in ("loss", "accuracy", "knn", "seconds", "watching")},
             "hist": (("step", "layer", "bin"), np.stack([r["hist"].numpy() for r in records]).astype(np.int32)),
-            **{
-                k: (("step", "layer"), np.array([r[k] for r in records], np.float32))
-                for k in ("median", "largest", "top1")
-            },
+            **{k: (("step", "layer"), np.array([r[k] for r in records], np.float32)) for k in BY_LAYER},
             "sink": (("step", "block", "kind"), np.array([r["sink"] for r in records], np.float32)),
         },
         coords={
@@ -68,3 +116,27 @@ def dataset(records: list[dict[str, Any]]) -> xr.Dataset:
             "kind": list(KINDS),
         },
     )
+
+
+def strongest(log: xr.Dataset, step: int = -1) -> dict[str, float]:
+    """The layer that comes nearest to the rule of emergence at one look (default the last): → layer, top1, separation, share.
+
+    Layer 0 is left out: bright or busy patches are not the network's doing.
+    """
+    at = log.isel(step=step, layer=slice(1, None))
+    top = at["top1"].values
+    separation = at["separation"].values if "separation" in log else np.full_like(top, np.nan)
+    near = np.minimum(top / EMERGED_TOP1, np.nan_to_num(separation) / EMERGED_SEPARATION)
+    best = int(near.argmax()) if near.max() > 0 else int(top.argmax())
+    return {
+        "layer": int(at["layer"][best]),
+        "top1": float(top[best]),
+        "separation": float(separation[best]),
+        "share": float(at["share"][best]) if "share" in log else float("nan"),
+    }
+
+
+def emerged(log: xr.Dataset, step: int = -1) -> bool:
+    """Whether outliers have emerged in a run, by the rule of the hunt, at one look (default the last)."""
+    best = strongest(log, step)
+    return best["top1"] >= EMERGED_TOP1 and best["separation"] >= EMERGED_SEPARATION

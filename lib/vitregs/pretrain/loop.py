@@ -1,12 +1,13 @@
-"""One flat, resumable training loop.
+"""One flat, resumable training loop for every objective, on one device or several.
 
-Every step is a function of the recipe and the step number alone (scenes, learning rate, random state), so that a run
-that was killed ends in the same weights, bit for bit, on the same CPU.
+Every step is a function of the recipe and the step number alone (pictures, learning rate, random state), so that a run
+that was killed ends in the same weights, bit for bit, on the same CPU. Several processes are started by `torchrun`.
 """
 
 import json
 import math
-import shutil
+import os
+import random
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -14,35 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from vitregs import backbones, results, scenes
+from vitregs import backbones, results
 from vitregs.backbones import Backbone
-from vitregs.pretrain import history, supervised
+from vitregs.pretrain import cards, feeds, history, meter, objectives, schedules, vits
 from vitregs.pretrain.recipe import Recipe
 from vitregs.problems import Problem
 
-HELD_OUT = 2**40  # first scene of the held-out part: far behind anything a run can reach
-WATCHED, SCORED = 64, 512  # held-out scenes whose norms are watched and whose classes are scored
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine to 1 % of the peak: recipe, step → learning rate."""
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    part = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
-
-
-def optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: biases, norms, tokens and positions are exempt (paper, section 3.1)."""
-    free = [p for n, p in net.named_parameters() if p.ndim < 2 or "token" in n or "pos_embed" in n]
-    exempt = {id(p) for p in free}
-    groups = [
-        {"params": [p for p in net.parameters() if id(p) not in exempt], "weight_decay": recipe.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+WATCHED, BANK, SCORED = 64, 512, 512  # held-out pictures whose norms are watched, that k-NN knows, and that are scored
+CHECKED = 50  # steps between two looks at the loss: each waits for the device
 
 
 def train(
@@ -50,131 +33,228 @@ def train(
     *,
     out: Path,
     device: str = "auto",
+    images: str | None = None,
+    count: int | None = None,
     resume: bool = True,
     compiled: bool | None = None,
     every: int = 500,
+    minutes: float | None = None,
     report: Callable[[str], None] = print,
-) -> Path:
-    """Train a recipe: where to keep checkpoints and the result, device → folder with weights, recipe and history.
+) -> Path | None:
+    """Train a recipe: where to keep checkpoints and the result, device → folder with weights, recipe, history and card.
 
-    Raises Problem for a checkpoint of another recipe or a disk that cannot be written; the last checkpoint survives.
+    `images` says where the pictures of `recipe.data` lie, `count` how many of them are used; with `minutes` the run stops
+    in time, with a checkpoint, and gives None. Raises Problem for a checkpoint of another recipe, too little memory on the
+    device, data that do not fit, or a disk that cannot be written; the last checkpoint survives.
     """
-    target = backbones.pick_device(device)
-    origin = results.provenance(device=str(target))  # of the code that runs, not of what it may become meanwhile
-    net = supervised.build(recipe).to(target)
-    optimizer = optimiser(net, recipe)
-    file = out / "checkpoint.pt"
-    start, records, spent = _resume(recipe, file, net, optimizer) if resume else (0, [], 0.0)
-    compiled = shutil.which("c++") is not None if compiled is None else compiled
-    run: Any = torch.compile(net) if compiled else net
-    kind = target.type
-    low = torch.autocast(kind, torch.bfloat16, enabled=recipe.precision == "bf16")
-    size, hard = recipe.image_size, recipe.difficulty
-    held = scenes.render(SCORED, size, seed=recipe.seed, first=HELD_OUT, device=target, difficulty=hard)
-    begun, total, seen = time.monotonic() - spent, 0.0, 0
+    begun = time.monotonic()
+    rank, world, target = _place(device)
+    origin = results.provenance(device=_named(target))  # of the code that runs, not of what it may become meanwhile
+    feed = feeds.make(recipe, target, images, count)
+    feeds.rows(recipe.batch, rank, world)
+    learner = objectives.learner(recipe, feed).to(target)
+    optimizer = schedules.optimiser(learner, recipe)
+    file, stamp = out / "checkpoint.pt", json.dumps({**recipe.facts(), "data": feed.fingerprint}, sort_keys=True)
+    start, records, spent, total, seen = _resume(stamp, file, learner, optimizer) if resume else (0, [], 0.0, 0.0, 0)
+    low = torch.autocast(target.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+    captions: bool = learner.captions  # type: ignore[assignment]
 
-    for step in range(start, recipe.steps + 1):
-        if history.due(step, recipe.steps, every) and not (records and records[-1]["step"] == step):
-            mean = total / seen if seen else math.nan  # nothing is learned from before step 0
-            record = {"step": step, "loss": mean, "seconds": time.monotonic() - begun}
-            net.eval()
-            record["accuracy"] = supervised.score(net, held)
-            record.update(history.look(snapshot(recipe, net), held.pixels[:WATCHED]))
-            net.train()
-            records.append(record)
-            total, seen = 0.0, 0
-            _save(recipe, file, net, optimizer, step, records, record["seconds"])
-            report(line(recipe, records))
-        if step == recipe.steps:
-            break
-        torch.manual_seed(recipe.seed * 1_000_003 + step)
-        batch = scenes.render(
-            recipe.batch, size, seed=recipe.seed, first=step * recipe.batch, device=target, difficulty=hard
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
+    def loss_of(module: nn.Module, batch: feeds.Batch) -> torch.Tensor:
         with low:
-            loss = supervised.loss(run, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        total, seen = total + loss.item(), seen + 1
-        if not math.isfinite(total):
-            raise Problem(f"the loss of {recipe.name} is not finite at step {step}: lower lr ({recipe.lr})")
-    return _publish(recipe, net, records, out, origin)
+            return module(batch)
+
+    flop, peak = 0.0, 0.0
+    if rank == 0:
+        few = feed.held(4)
+        flop = meter.operations(learner, lambda twin: loss_of(twin, few), len(few))
+        peak = world * meter.peak(target, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    if target.type == "cuda" if compiled is None else compiled:  # small ViTs gain nothing from it on a CPU
+        for block in learner.vit.blocks:  # type: ignore[union-attr]
+            block.compile(dynamic=False)  # one block's code serves all
+    run: nn.Module = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
+    watch = _Watch(recipe, feed, learner) if rank == 0 else None
+    bar = meter.Bar(recipe.name, start, recipe.steps, recipe.batch, flop, peak, rank == 0)
+    clock, total = time.monotonic() - spent, torch.tensor(total, device=target)
+    try:
+        for step in range(start, recipe.steps + 1):
+            late = (
+                minutes is not None
+                and step > start
+                and _sum(_flag(time.monotonic() - begun > minutes * 60, target)) > 0
+            )
+            if history.due(step, recipe.steps, every) and not (records and records[-1]["step"] == step):
+                mean = _sum(total) / seen / world if seen else math.nan  # nothing is learned from before step 0
+                _finite(mean if seen else 0.0, recipe, step)
+                bar.pause()
+                if watch:
+                    looked = watch(step, mean)
+                    records.append({**looked, "seconds": time.monotonic() - clock})
+                    _save(stamp, file, learner, optimizer, step, records, time.monotonic() - clock, 0.0, 0)
+                    report(line(recipe, records, bar.utilisation()))
+                else:
+                    records.append({"step": step})
+                bar.go()
+                total.zero_()
+                seen = 0
+            if step == recipe.steps:
+                break
+            if late:
+                if rank == 0:
+                    _save(stamp, file, learner, optimizer, step, records, time.monotonic() - clock, total.item(), seen)
+                report(f"{recipe.name} stopped in time at step {step}: the same command goes on from here")
+                return None
+            torch.manual_seed(recipe.seed * 1_000_003 + step * world + rank)
+            batch = feed.take(step, rank=rank, world=world, captions=captions)
+            schedules.apply(optimizer, recipe, step)
+            learner.step = step
+            loss = loss_of(run, batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(learner.parameters(), recipe.clip)
+            _call(learner, "before_update")
+            optimizer.step()
+            _call(learner, "after_update")
+            optimizer.zero_grad(set_to_none=True)
+            total += loss.detach()
+            seen += 1
+            if step % CHECKED == 0:
+                _finite(total.item(), recipe, step)
+                bar.advance(total.item() / seen)
+            else:
+                bar.advance()
+    except torch.OutOfMemoryError as error:
+        raise Problem(
+            f"{_named(target)} has too little memory for {recipe.name}: lower batch ({recipe.batch}), or size ({recipe.size})"
+        ) from error
+    finally:
+        bar.close()
+    if rank != 0:
+        return out
+    speed = {"images_per_second": bar.rate(), "utilisation": bar.utilisation(), "gflop_per_image": flop / 1e9}
+    if recipe.data != "scenes":
+        speed |= {"pictures": feed.trained, "fingerprint": feed.fingerprint}  # type: ignore[attr-defined]
+    return cards.publish(recipe, learner.published, records, out, origin, speed)
+
+
+class _Watch:
+    """Looks at a network in training, on the same held-out pictures every time."""
+
+    def __init__(self, recipe: Recipe, feed: feeds.Feed, learner: nn.Module) -> None:
+        self.recipe, self.learner = recipe, learner
+        self.queries, self.bank = feed.held(SCORED + BANK).split(SCORED / (SCORED + BANK))
+
+    def __call__(self, step: int, loss: float) -> dict[str, Any]:
+        begun = time.monotonic()
+        state = random.getstate()
+        self.learner.eval()
+        backbone = snapshot(self.recipe, self.learner.published)  # type: ignore[arg-type]
+        score = getattr(self.learner, "score", None)
+        found = {
+            "step": step,
+            "loss": loss,
+            "accuracy": score(self.queries) if score else math.nan,
+            "knn": history.knn(backbone, self.bank, self.queries),
+            **history.look(backbone, self.queries.pixels[:WATCHED]),
+        }
+        self.learner.train()
+        random.setstate(state)
+        return {**found, "watching": time.monotonic() - begun}
 
 
 def snapshot(recipe: Recipe, net: nn.Module) -> Backbone:
     """Freeze a copy of a network in training: → Backbone to measure."""
     size = (recipe.image_size, recipe.image_size)
-    return Backbone(recipe.name, deepcopy(net), supervised.MEAN, supervised.STD, size, 1.0, "training", "training")
+    return Backbone(recipe.name, deepcopy(net), vits.MEAN, vits.STD, size, 1.0, "training", "training")
 
 
-def line(recipe: Recipe, records: list[dict[str, Any]]) -> str:
-    """Say how a run stands, in one line."""
+def line(recipe: Recipe, records: list[dict[str, Any]], used: float = math.nan) -> str:
+    """Say how a run stands, in one line: recipe, records, utilisation → text."""
     now = records[-1]
-    strongest = max(range(len(now["top1"])), key=now["top1"].__getitem__)
+    strongest = max(range(1, len(now["top1"])), key=now["top1"].__getitem__)
+    scores = "".join(f"  {k} {now[k]:.3f}" for k in ("accuracy", "knn") if now[k] == now[k])
     text = (
-        f"{recipe.name} step {now['step']}/{recipe.steps}  loss {now['loss']:.4f}  accuracy {now['accuracy']:.3f}  "
+        f"{recipe.name} step {now['step']}/{recipe.steps}  loss {now['loss']:.4f}{scores}  "
         f"top-1% ratio {now['top1'][strongest]:.2f} (layer {strongest})"
     )
     if len(records) < 2:
         return text
     rate = (now["step"] - records[-2]["step"]) / max(now["seconds"] - records[-2]["seconds"], 1e-9)
-    return f"{text}  {rate * recipe.batch:.0f} images/s  {(recipe.steps - now['step']) / rate / 60:.0f} min left"
+    used_text = f"  utilisation {100 * used:.0f} %" if used == used else ""
+    return f"{text}  {rate * recipe.batch:.0f} images/s{used_text}  {(recipe.steps - now['step']) / rate / 60:.0f} min left"
+
+
+def _call(learner: Any, name: str) -> None:
+    if hasattr(learner, name):
+        getattr(learner, name)()
+
+
+def _finite(total: float, recipe: Recipe, step: int) -> None:
+    if not math.isfinite(total):
+        raise Problem(f"the loss of {recipe.name} is not finite at step {step}: lower lr ({recipe.lr})")
+
+
+def _place(device: str) -> tuple[int, int, torch.device]:
+    """Where this process runs: device → rank, number of processes, device; `torchrun` tells by its environment."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1, backbones.pick_device(device)
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    target = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else backbones.pick_device(device)
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(target)
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return dist.get_rank(), world, target
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _flag(value: bool, device: torch.device) -> torch.Tensor:
+    return torch.tensor(float(value), device=device)
+
+
+def _sum(value: torch.Tensor) -> float:
+    """Add a number up over all processes."""
+    value = value.clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(value)
+    return value.item()
 
 
 def _save(
-    recipe: Recipe, file: Path, net: nn.Module, optimizer: Any, step: int, records: list[Any], seconds: float
-) -> None:
+    stamp: str, file: Path, learner: nn.Module, optimizer: Any, step: int, records: list[Any], seconds: float,
+    total: float, seen: int,
+) -> None:  # fmt: skip
     state = {
-        "recipe": json.dumps(recipe.facts(), sort_keys=True),
-        "net": net.state_dict(),
+        "recipe": stamp,
+        "learner": learner.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "records": records,
         "seconds": seconds,
+        "total": total,  # of the losses since the last look
+        "seen": seen,
     }
     results.write_whole(file, lambda spare: torch.save(state, spare))
 
 
-def _resume(recipe: Recipe, file: Path, net: nn.Module, optimizer: Any) -> tuple[int, list[Any], float]:
+_Progress = tuple[
+    int, list[Any], float, float, int
+]  # step, records, seconds, sum of losses since the last look, their number
+
+
+def _resume(stamp: str, file: Path, learner: nn.Module, optimizer: Any) -> _Progress:
     if not file.exists():
-        return 0, [], 0.0
+        return 0, [], 0.0, 0.0, 0
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        if state["recipe"] != json.dumps(recipe.facts(), sort_keys=True):
+        if state["recipe"] != stamp:
             raise Problem(f"{file} belongs to another recipe: choose another folder, or delete it to start anew")
-        net.load_state_dict(state["net"])
+        learner.load_state_dict(state["learner"])
         optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["records"], state["seconds"]
+        return state["step"], state["records"], state["seconds"], state["total"], state["seen"]
     except Problem:
         raise
     except Exception as error:  # archives, unpicklers and tables that do not fit raise many kinds
         raise Problem(f"{file} is damaged or no checkpoint of a training run: delete it to start anew") from error
-
-
-def _publish(recipe: Recipe, net: nn.Module, records: list[Any], out: Path, origin: dict[str, str]) -> Path:
-    """Write what a zoo entry holds: weights in safetensors, the recipe with hashes, the history."""
-    from safetensors.torch import save
-
-    weights = out / "weights.safetensors"
-    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    results.write_whole(weights, lambda spare: spare.write_bytes(save(state)))  # save_file would hide it from others
-    log = history.dataset(records)
-    log.attrs.update(origin, recipe=json.dumps(recipe.facts(), sort_keys=True))
-    results.save(log, out / "history.nc")
-    card = {
-        "recipe": recipe.facts(),
-        "vit": {**recipe.vit(), "num_classes": len(scenes.CLASSES)},
-        "mean": supervised.MEAN,
-        "std": supervised.STD,
-        "weights": results.file_hash(weights),
-        "accuracy": records[-1]["accuracy"],
-        "minutes": records[-1]["seconds"] / 60,
-        "provenance": origin,
-    }
-    text = json.dumps(card, indent=1, sort_keys=True) + "\n"
-    results.write_whole(out / "recipe.json", lambda spare: spare.write_text(text))
-    return out

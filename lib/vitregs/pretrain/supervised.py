@@ -1,41 +1,46 @@
-"""The supervised objective after DeiT-III: CLS read-out, pre-norm, binary cross-entropy over all classes.
+"""DeiT-III: name the classes in view from the CLS token.
 
-Scenes never repeat within a run, so no augmentation is applied. (Touvron et al. 2022; paper section 3.1.)
+Binary cross-entropy over all classes, or cross-entropy; 3-Augment where pictures repeat. (Touvron et al. 2022; paper
+section 3.1.)
 """
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitregs.pretrain.recipe import Recipe
-from vitregs.scenes import CLASSES, Scenes
-
-MEAN, STD = (0.42, 0.42, 0.42), (0.25, 0.25, 0.25)
-
-
-def build(recipe: Recipe) -> nn.Module:
-    """Make the network with fresh weights: recipe → timm ViT with one logit per class."""
-    torch.manual_seed(recipe.seed)
-    return timm.models.VisionTransformer(**recipe.vit(), num_classes=len(CLASSES))
+from vitregs.pretrain import vits
+from vitregs.pretrain.augment import ThreeAugment
+from vitregs.pretrain.feeds import Batch, Feed
+from vitregs.pretrain.recipe import Recipe, Supervised
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """Shift and scale pixels (n, 3, H, W) in [0, 1] → network input."""
-    return (pixels - pixels.new_tensor(MEAN).view(1, 3, 1, 1)) / pixels.new_tensor(STD).view(1, 3, 1, 1)
+class Learner(nn.Module):
+    """A ViT with a linear head on CLS (or on the mean patch)."""
 
+    captions = False
 
-def loss(net: nn.Module, scenes: Scenes) -> Tensor:
-    """Binary cross-entropy of the classes in view, mean over classes and scenes → scalar."""
-    logits = net(normalise(scenes.pixels))
-    return F.binary_cross_entropy_with_logits(logits.float(), scenes.labels.float())
+    def __init__(self, recipe: Recipe, feed: Feed) -> None:
+        super().__init__()
+        assert isinstance(recipe.objective, Supervised)
+        self.loss, self.smoothing = recipe.objective.loss, recipe.objective.smoothing
+        self.vit = vits.build(recipe, len(feed.classes))
+        self.augment = ThreeAugment(recipe.image_size) if recipe.augment else nn.Identity()
 
+    @property
+    def published(self) -> nn.Module:
+        """The network that is measured and kept."""
+        return self.vit
 
-@torch.no_grad()
-def score(net: nn.Module, scenes: Scenes) -> float:
-    """Accuracy: share of scenes whose highest logit is a class in view (chance is about 4 %)."""
-    hits = [
-        part_labels.gather(1, net(normalise(part)).argmax(1, keepdim=True))
-        for part, part_labels in zip(scenes.pixels.split(64), scenes.labels.split(64), strict=True)
-    ]
-    return torch.cat(hits).float().mean().item()
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss of a batch → scalar."""
+        logits = self.vit(vits.normalise(self.augment(batch.pixels))).float()
+        if self.loss == "ce":
+            return F.cross_entropy(logits, batch.label, label_smoothing=self.smoothing)
+        wanted = batch.labels.float() * (1 - self.smoothing) + self.smoothing / logits.shape[1]
+        return F.binary_cross_entropy_with_logits(logits, wanted)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> float:
+        """Accuracy: share of pictures whose highest logit is a class in view."""
+        best = [self.vit(vits.normalise(part)).argmax(1, keepdim=True) for part in batch.pixels.split(64)]
+        return batch.labels.gather(1, torch.cat(best)).float().mean().item()

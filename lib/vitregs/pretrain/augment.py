@@ -1,0 +1,88 @@
+"""Batched augmentation on the training device, each picture with draws of its own; kornia does the work.
+
+DeiT-III's 3-Augment (paper section 3.1; Touvron et al. 2022, section 3.2) and DINO's multi-crop (Caron et al. 2021,
+appendix C).
+"""
+
+import kornia.augmentation as K
+import torch
+from torch import Tensor, nn
+
+from vitregs.pretrain.recipe import Dino
+
+BLUR = (7, 7)  # kernel in pixels, with a spread of 0.1 to 2.0 as published
+
+
+def _crop(size: int, scale: tuple[float, float]) -> nn.Module:
+    return K.RandomResizedCrop((size, size), scale=scale, ratio=(3 / 4, 4 / 3), cropping_mode="resample")
+
+
+class CropFlip(nn.Module):
+    """A random part of each picture, flipped half of the time (MAE: scale 0.2 to 1; OpenCLIP: 0.9 to 1)."""
+
+    def __init__(self, size: int, scale: tuple[float, float]) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(_crop(size, scale), K.RandomHorizontalFlip(p=0.5))
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, 3, H, W) in [0, 1] → (n, 3, size, size)."""
+        return self.steps(pixels)
+
+
+class ThreeAugment(nn.Module):
+    """Simple random crop, flip, one of grey, solarise and blur for each picture, colour jitter 0.3."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        pad = max(1, size // 16)  # 4 pixels at 64; DeiT-III pads 4 at 224
+        self.place = nn.Sequential(
+            K.RandomCrop((size, size), padding=pad, padding_mode="reflect", cropping_mode="slice"),
+            K.RandomHorizontalFlip(p=0.5),
+        )
+        self.three = nn.ModuleList(
+            [K.RandomGrayscale(p=1.0), K.RandomSolarize(0.0, 0.0, p=1.0), K.RandomGaussianBlur(BLUR, (0.1, 2.0), p=1.0)]
+        )
+        self.jitter = K.ColorJiggle(0.3, 0.3, 0.3, p=1.0)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, 3, H, W) in [0, 1] → the same shape."""
+        placed = self.place(pixels)
+        which = torch.randint(len(self.three), (len(placed),), device=placed.device).view(-1, 1, 1, 1)
+        out = placed
+        for i, step in enumerate(self.three):
+            out = torch.where(which == i, step(placed), out)
+        return self.jitter(out)
+
+
+class MultiCrop(nn.Module):
+    """Two large views of each picture and several small ones, with DINO's distortions."""
+
+    def __init__(self, size: int, crops: Dino) -> None:
+        super().__init__()
+
+        def view(side: int, scale: tuple[float, float], blur: float, solarise: float) -> nn.Module:
+            return nn.Sequential(
+                _crop(side, scale),
+                K.RandomHorizontalFlip(p=0.5),
+                K.ColorJiggle(0.4, 0.4, 0.2, 0.1, p=0.8),
+                K.RandomGrayscale(p=0.2),
+                K.RandomGaussianBlur(BLUR, (0.1, 2.0), p=blur),
+                *([K.RandomSolarize(0.0, 0.0, p=solarise)] if solarise else []),
+            )
+
+        self.count = crops.local_crops
+        self.first = view(size, crops.global_scale, 1.0, 0.0)
+        self.second = view(size, crops.global_scale, 0.1, 0.2)
+        self.small = view(crops.local_size, crops.local_scale, 0.5, 0.0)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(n, 3, H, W) in [0, 1] → large views (2, n, 3, size, size), small ones (crops, n, 3, local, local) or None."""
+        large = torch.stack([self.first(pixels), self.second(pixels)])
+        if not self.count:
+            return large, None
+        repeated = pixels.repeat(self.count, 1, 1, 1)
+        small = self.small(repeated)
+        return large, small.view(self.count, len(pixels), *small.shape[1:])

@@ -1,0 +1,98 @@
+"""What a finished run leaves: weights in pieces of at most 16 MB, recipe, history, and a model card made from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save
+from torch import Tensor
+
+from vitregs import results
+from vitregs.pretrain import history, vits
+from vitregs.pretrain.recipe import Recipe
+
+LARGEST = "16MB"
+
+
+def publish(
+    recipe: Recipe, net: Any, records: list[dict[str, Any]], out: Path, origin: dict[str, str], facts: dict[str, Any]
+) -> Path:
+    """Write a zoo entry: recipe, network, records of the run, folder, provenance, further facts → the folder.
+
+    Raises Problem for a disk that cannot be written.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    _weights(state, out)
+    log = history.dataset(records)
+    log.attrs.update(origin, recipe=json.dumps(recipe.facts(), sort_keys=True))
+    results.save(log, out / "history.nc")
+    card = {
+        "recipe": recipe.facts(),
+        "vit": {**recipe.vit(), "num_classes": net.num_classes},
+        "mean": vits.MEAN,
+        "std": vits.STD,
+        "weights": results.file_hash(*files(out)),
+        "accuracy": records[-1]["accuracy"],
+        "knn": records[-1]["knn"],
+        "knn_untrained": records[0]["knn"],
+        "minutes": records[-1]["seconds"] / 60,
+        **facts,
+        "provenance": origin,
+    }
+    text = json.dumps(card, indent=1, sort_keys=True) + "\n"
+    results.write_whole(out / "recipe.json", lambda spare: spare.write_text(text))
+    results.write_whole(out / "README.md", lambda spare: spare.write_text(describe(card, log)))
+    return out
+
+
+def files(folder: Path) -> list[Path]:
+    """Weight files of a zoo entry, in order."""
+    return sorted(folder.glob("weights*.safetensors"))
+
+
+def _weights(state: dict[str, Tensor], out: Path) -> None:
+    """Write tensors as safetensors in pieces, and which piece holds what if there are several."""
+    plan = split_torch_state_dict_into_shards(
+        state, filename_pattern="weights{suffix}.safetensors", max_shard_size=LARGEST
+    )
+    for old in files(out):
+        if old.name not in plan.filename_to_tensors:
+            old.unlink()
+    for name, tensors in plan.filename_to_tensors.items():
+        data = save({k: state[k] for k in tensors})
+        results.write_whole(
+            out / name, lambda spare, data=data: spare.write_bytes(data)
+        )  # save_file would hide it from others
+
+
+def describe(card: dict[str, Any], log: xr.Dataset) -> str:
+    """Model card in Markdown: what `publish` wrote of a run, its history → text."""
+    recipe, best = card["recipe"], history.strongest(log)
+    width, heads, depth = (card["vit"][k] for k in ("embed_dim", "num_heads", "depth"))
+    rows = {
+        "objective": recipe["objective"],
+        "registers": recipe["registers"],
+        "shape": f"width {width}, depth {depth}, {heads} heads, patch {recipe['patch_size']}, {recipe['image_size']} px",
+        "data": recipe.get("data", "scenes"),
+        "training": f"{recipe['steps']:,} steps of {recipe['batch']}, seed {recipe['seed']}, {card['minutes']:.0f} min on "
+        f"{card['provenance'].get('device', 'cpu')}",
+        "k-NN, trained / untrained": f"{_number(card.get('knn'))} / {_number(card.get('knn_untrained'))}",
+        "head or zero-shot accuracy": _number(card["accuracy"]),
+        "top-1 % / median norm": f"{best['top1']:.2f} (layer {best['layer']}), separation {_number(best['separation'])}",
+        "outliers by the rule of the hunt": "emerged" if history.emerged(log) else "not emerged",
+        "weights, SHA-256": card["weights"],
+        "code, commit, date": ", ".join(str(card["provenance"].get(k, "")) for k in ("code", "commit", "date")),
+    }
+    table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
+    settings = " ".join(f"`{k}={v}`" for k, v in sorted(recipe.items()) if not isinstance(v, dict))
+    return (
+        f"# {recipe['name']}\n\n| | |\n|---|---|\n{table}\n\n"
+        f'Load it with `vitregs.backbones.load("{recipe["name"]}")`; train it again with '
+        f"`vitregs train {recipe['name']}`.\n\n{settings}\n"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None or value != value else f"{value:.3f}"

@@ -1,0 +1,75 @@
+"""DINOv2: DINO, plus masked patches that the student must name as the teacher does, plus features spread apart.
+
+iBOT's masks and loss under a head of their own ("untied"), KoLeo on the CLS tokens of each large crop, centred targets
+as in the published short recipe; heads, losses and masks are lightly's. (Oquab et al. 2024, section 4; Zhou et al. 2022.)
+"""
+
+import random
+
+import torch
+from lightly.loss import IBOTPatchLoss, KoLeoLoss
+from lightly.models.utils import random_block_mask, update_momentum
+from torch import Tensor, nn
+
+from vitregs.pretrain import dino, vits
+from vitregs.pretrain.feeds import Batch, Feed
+from vitregs.pretrain.recipe import DinoV2, Recipe
+
+
+class Learner(dino.Learner):
+    """DINO's student and teacher with a second pair of heads, for patches."""
+
+    own: DinoV2
+
+    def __init__(self, recipe: Recipe, feed: Feed) -> None:
+        super().__init__(recipe, feed)
+        width: int = self.vit.embed_dim  # type: ignore[assignment]
+        self.patch_head = dino.head(width, self.own, self.own.patch_prototypes)
+        self.teacher_patch_head = dino.frozen(self.patch_head)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.patch_loss = IBOTPatchLoss(self.own.patch_prototypes, student_temp=self.own.student_temp)
+        self.spread = KoLeoLoss()
+        self.grid = recipe.image_size // recipe.patch_size
+
+    def masks(self, count: int, device: torch.device) -> Tensor:
+        """Draw block masks: crops → (n, rows, columns) bool, some crops without any."""
+        random.seed(int(torch.randint(2**31, ())))  # lightly draws with Python's own generator
+        least = max(
+            1, min(4, int(self.own.masked_least * self.grid**2))
+        )  # its four patches a block are too many for small grids
+        drawn = random_block_mask(
+            (count, self.grid, self.grid), self.own.masked_pictures, self.own.masked_least, self.own.masked_most,
+            min_num_masks_per_block=least,
+        )  # fmt: skip
+        return drawn.to(device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss of a batch → scalar: DINO + ibot × iBOT + koleo × KoLeo."""
+        large, small = self.crops(batch.pixels)
+        crops, temperature = large.flatten(0, 1), self.temperature()
+        masks = self.masks(len(crops), crops.device)
+        hidden, prefix = masks.flatten(1), self.vit.num_prefix_tokens
+        with torch.no_grad():
+            tokens = vits.encode(self.teacher, crops)
+            taught = self.teacher_head(tokens[:, 0]).float()
+            taught_patches = self.teacher_patch_head(tokens[:, prefix:][hidden]).float()
+        tokens = vits.encode(self.vit, crops, lambda x: torch.where(hidden[..., None], self.mask_token.to(x.dtype), x))
+        seen = [tokens[:, 0]] + ([] if small is None else [vits.resized(self.vit, small.flatten(0, 1))])
+        said = self.head(torch.cat(seen)).float()
+        views = len(said) // len(batch)
+        loss = self.loss(list(taught.chunk(2)), list(said.chunk(views)), teacher_temp=temperature)
+        said_patches = self.patch_head(tokens[:, prefix:][hidden]).float()
+        loss = loss + self.own.ibot * self.patch_loss(taught_patches, said_patches, masks, teacher_temp=temperature)
+        return loss + self.own.koleo * sum(self.spread(part.float()) for part in tokens[:, 0].chunk(2))
+
+    def before_update(self) -> None:
+        """Hold both sets of prototypes still at the beginning."""
+        super().before_update()
+        if self.step < self.own.freeze_last * self.steps:
+            for parameter in self.patch_head.last_layer.parameters():  # type: ignore[union-attr]
+                parameter.grad = None
+
+    def after_update(self) -> None:
+        """Let the teacher follow."""
+        super().after_update()
+        update_momentum(self.patch_head, self.teacher_patch_head, self.momentum())

@@ -1,0 +1,190 @@
+"""What a step sees: scenes rendered on the training device, or pictures held there as bytes.
+
+Every batch is a function of seed and step alone. With several processes each takes its own rows of the same batch.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vitregs import images, scenes
+from vitregs.pretrain.recipe import Recipe
+from vitregs.problems import Problem
+from vitregs.scenes import CLASSES, Scenes
+
+HELD_OUT = 2**40  # first scene of the held-out part: far behind anything a run can reach
+LEAST = 64  # pictures that a held-out part must have
+
+
+@dataclass
+class Batch:
+    """Some pictures and what is known of them."""
+
+    pixels: Tensor  # (n, 3, H, W) in [0, 1]
+    label: Tensor  # (n,) int64; -1 unknown
+    labels: Tensor  # (n, classes) bool: all classes in view
+    captions: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def split(self, share: float) -> "tuple[Batch, Batch]":
+        """Cut in two: share of the first part → two batches."""
+        at = round(share * len(self))
+        parts = ((self.pixels[i], self.label[i], self.labels[i]) for i in (slice(at), slice(at, None)))
+        one, two = (Batch(*part) for part in parts)
+        return one, two
+
+
+class Feed(Protocol):
+    """A source of training pictures."""
+
+    classes: list[str]  # names; empty where nothing is known
+    fingerprint: str
+
+    def take(self, step: int, *, rank: int = 0, world: int = 1, captions: bool = False) -> Batch:
+        """The rows of a process of the batch of a step."""
+        ...
+
+    def held(self, count: int) -> Batch:
+        """Pictures that no step sees, at most `count`."""
+        ...
+
+    def prompts(self) -> list[str]:
+        """One sentence for each class, for zero-shot classification."""
+        ...
+
+
+def rows(batch: int, rank: int, world: int) -> slice:
+    """Rows of a process: batch, rank, processes → slice. Raises Problem unless the batch divides evenly."""
+    if batch % world:
+        raise Problem(f"batch {batch} is not a multiple of the {world} processes")
+    each = batch // world
+    return slice(rank * each, (rank + 1) * each)
+
+
+class SceneFeed:
+    """Procedural scenes; no two steps see the same one."""
+
+    classes = list(CLASSES)
+    fingerprint = "scenes"
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+
+    def _render(self, first: int, count: int) -> Scenes:
+        recipe = self.recipe
+        return scenes.render(
+            count, recipe.image_size, seed=recipe.seed, first=first, device=self.device, difficulty=recipe.difficulty
+        )
+
+    def take(self, step: int, *, rank: int = 0, world: int = 1, captions: bool = False) -> Batch:
+        """Render the rows of a process of the batch of a step."""
+        mine = rows(self.recipe.batch, rank, world)
+        return _batch(self._render(step * self.recipe.batch + mine.start, mine.stop - mine.start), captions)
+
+    def held(self, count: int) -> Batch:
+        """Render scenes far behind those of any step."""
+        return _batch(self._render(HELD_OUT, count), True)
+
+    def prompts(self) -> list[str]:
+        """One sentence for each pair of colour and shape."""
+        return [f"a {name}" for name in CLASSES]
+
+
+def _batch(found: Scenes, captions: bool) -> Batch:
+    return Batch(found.pixels, found.label, found.labels, found.captions() if captions else None)
+
+
+class PictureFeed:
+    """Pictures of a data set, all of them in the device's memory as bytes; shuffled anew in every epoch."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, source: str, count: int | None = None) -> None:
+        """Read a source of pictures (see `images.load`), at most `count` to train on.
+
+        Raises Problem for sources with too few pictures.
+        """
+        self.recipe, self.device = recipe, device
+        found = images.load(source, size=recipe.image_size, count=count, split=_split(source))
+        self.fingerprint = found.source.fingerprint if found.source else "scenes"
+        pixels, named = _read(found)
+        self.classes = list(getattr(found.source, "classes", [])) or sorted({str(n) for n in named if n is not None})
+        index = {name: i for i, name in enumerate(self.classes)}
+        label = [-1 if n is None else n if isinstance(n, int) else index[str(n)] for n in named]
+        parts = max(LEAST, len(pixels) // 10)
+        if len(pixels) < recipe.batch + parts:
+            raise Problem(
+                f"{source} has {len(pixels)} pictures: too few for a batch of {recipe.batch} and {parts} held out"
+            )
+        self.pixels, self.label = pixels.to(device), torch.tensor(label, device=device)
+        self.trained = len(pixels) - parts  # the last pictures are held out; their order is drawn by the seed
+        self.named = [str(c).replace("_", " ") for c in self.classes]
+
+    def _pick(self, index: Tensor, captions: bool) -> Batch:
+        index = index.to(self.device)
+        label = self.label[index]
+        labels = torch.zeros(len(index), max(1, len(self.classes)), dtype=torch.bool, device=self.device)
+        known = label >= 0
+        labels[known.nonzero()[:, 0], label[known]] = True
+        words = [f"a photo of a {self.named[i]}" for i in label.tolist()] if captions and self._captioned() else None
+        return Batch(self.pixels[index].float() / 255, label, labels, words)
+
+    def _captioned(self) -> bool:
+        return len(self.classes) > 1 and bool((self.label >= 0).all())
+
+    def take(self, step: int, *, rank: int = 0, world: int = 1, captions: bool = False) -> Batch:
+        """Pick the rows of a process of the batch of a step."""
+        batch = self.recipe.batch
+        epoch, place = divmod(step, self.trained // batch)
+        draw = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.trained, generator=draw)[place * batch : (place + 1) * batch]
+        return self._pick(order[rows(batch, rank, world)], captions)
+
+    def held(self, count: int) -> Batch:
+        """Pick pictures that no step sees; fewer than `count` if there are no more."""
+        return self._pick(torch.arange(self.trained, min(self.trained + count, len(self.pixels))), True)
+
+    def prompts(self) -> list[str]:
+        """One sentence for each class."""
+        return [f"a photo of a {name}" for name in self.named]
+
+
+def _split(source: str) -> str | None:
+    """Training pictures come from the split `train`, where the source has splits."""
+    from pathlib import Path
+
+    path = Path(source).expanduser()
+    splits = not path.exists() or any(path.glob("train*.parquet"))
+    return "train" if splits else None
+
+
+def _read(found: images.Images) -> tuple[Tensor, list[object]]:
+    parts, named = [], []
+    with warnings.catch_warnings():
+        for batch in found.batches(256):
+            parts.append((batch.pixels * 255).round().to(torch.uint8))
+            named += batch.labels
+    return torch.cat(parts), named
+
+
+def make(recipe: Recipe, device: torch.device, source: str | None = None, count: int | None = None) -> Feed:
+    """Open what a recipe trains on: recipe, device, where its pictures lie (None: by its own name) and how many to use → Feed.
+
+    Raises Problem for sources that do not exist or hold too few pictures, and for objectives that miss labels or captions.
+    """
+    feed: Feed = (
+        SceneFeed(recipe, device)
+        if (source or recipe.data) == "scenes"
+        else PictureFeed(recipe, device, source or recipe.data, count)
+    )
+    probe = feed.held(1)
+    if recipe.objective.name == "clip" and probe.captions is None:
+        raise Problem(
+            f"clip needs captions: {source or recipe.data} has neither captions nor class names for all pictures"
+        )
+    if recipe.objective.name == "supervised" and not bool(probe.labels.any()):
+        raise Problem(f"supervised training needs labels: {source or recipe.data} has none")
+    return feed

@@ -1,0 +1,26 @@
+"""An objective's name becomes a learner: a module with a loss, the ViT inside it, and what happens around an update."""
+
+from typing import Any
+
+from torch import nn
+
+from vitregs.pretrain import clip, dino, dinov2, mae, supervised
+from vitregs.pretrain.feeds import Feed
+from vitregs.pretrain.recipe import Recipe
+
+LEARNERS: dict[str, Any] = {
+    "supervised": supervised.Learner,
+    "clip": clip.Learner,
+    "mae": mae.Learner,
+    "dino": dino.Learner,
+    "dinov2": dinov2.Learner,
+}
+
+
+def learner(recipe: Recipe, feed: Feed) -> nn.Module:
+    """Make the learner of a recipe with fresh weights, the same for the same seed: recipe, its data → module."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return LEARNERS[recipe.objective.name](recipe, feed)

@@ -1,0 +1,67 @@
+"""The recipes by name, each with its price and its expected score, and the runs still wanted, most informative first."""
+
+import re
+
+from vitregs.pretrain.recipe import Clip, Dino, DinoV2, Mae, Recipe, Supervised
+from vitregs.problems import unknown
+from vitregs.scenes import Difficulty
+
+REDUNDANT = Difficulty(objects=(1, 3), radius=0.2, backgrounds=("flat", "gradient", "noise"))  # most patches repeat
+SMALL_STEPS = {"precision": "fp32"}  # on a CPU bf16 costs more than it saves below width 192
+
+_ALL = [
+    # The first pair of the project. Its registers started 1e-6 apart, as published, and hardly grew apart.
+    Recipe(
+        "supervised-pico",
+        "144 tokens; about an hour on one CPU core with bf16; accuracy 0.74 to 0.77 on held-out scenes",
+        image_size=96,
+        register_init=1e-6,
+    ),
+    # One pair for each other objective: 64 tokens, a quarter of an hour on one CPU core.
+    Recipe(
+        "clip-pico", "", Clip(), patch_norm=True, steps=3000, batch=32, warmup=300, beta2=0.98, **SMALL_STEPS
+    ),
+    Recipe("mae-pico", "", Mae(), steps=3000, batch=64, warmup=300, weight_decay=0.05, **SMALL_STEPS),
+    Recipe(
+        "dino-pico", "", Dino(), steps=2000, lr=5e-4, warmup=200, weight_decay=0.04, weight_decay_end=0.4, **SMALL_STEPS
+    ),
+    Recipe(
+        "dinov2-pico", "", DinoV2(), steps=2000, lr=5e-4, warmup=200, weight_decay=0.04, weight_decay_end=0.2,
+        **SMALL_STEPS,
+    ),
+    # The hunt on a CPU: one shape in three widths, and one run of sixty thousand steps.
+    *(
+        Recipe(f"hunt-{size}", "", size=size, steps=10_000, batch=8, difficulty=REDUNDANT, **SMALL_STEPS)
+        for size in ("femto", "nano", "pico")
+    ),
+    Recipe(
+        "hunt-long", "", size="nano", steps=60_000, batch=8, lr=2e-3, weight_decay=0.5, warmup=1000,
+        difficulty=REDUNDANT, **SMALL_STEPS,
+    ),
+    # Real pictures.
+    Recipe(
+        "tinyimagenet-pico", "", Supervised("ce", 0.1), data="zh-plus/tiny-imagenet", augment=True, steps=3000, batch=32,
+        weight_decay=0.05, **SMALL_STEPS,
+    ),
+    # For one GPU: 256 tokens, depth 12, as many steps as ten minutes hold.
+    *(
+        Recipe(f"hunt-{size}", "", size=size, patch_size=4, batch=256, warmup=1000, difficulty=REDUNDANT)
+        for size in ("tiny", "small")
+    ),
+    Recipe(
+        "tinyimagenet-tiny", "", Supervised("ce", 0.1), size="tiny", patch_size=4, data="zh-plus/tiny-imagenet",
+        augment=True, batch=256, warmup=1000, weight_decay=0.05,
+    ),
+]  # fmt: skip
+RECIPES = {r.name: r for r in _ALL}
+
+
+def recipe(name: str) -> Recipe:
+    """Look a recipe up: a name of RECIPES, which "-reg4" and "-seed1" may follow → Recipe. Raises Problem with the nearest."""
+    found = re.fullmatch(r"(.*?)(?:-reg(\d+))?(?:-seed(\d+))?", name)
+    assert found
+    base, registers, seed = found.groups()
+    if base not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    changes = {k: int(v) for k, v in (("registers", registers), ("seed", seed)) if v is not None}
+    return RECIPES[base].override(name=name, **changes)

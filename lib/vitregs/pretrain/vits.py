@@ -1,0 +1,66 @@
+"""timm's ViT as training needs it: made from a recipe, fed with masked or partial sequences."""
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitregs.pretrain.recipe import Recipe
+
+MEAN, STD = (0.42, 0.42, 0.42), (0.25, 0.25, 0.25)
+
+
+def build(recipe: Recipe, classes: int = 0) -> nn.Module:
+    """Make the network with fresh weights: recipe, classes of its head (0: none) → timm ViT.
+
+    Networks that differ in their registers alone start from the same weights elsewhere.
+    """
+    torch.manual_seed(recipe.seed)
+    net = timm.models.VisionTransformer(**recipe.vit(), num_classes=classes, drop_path_rate=recipe.drop_path)
+    if recipe.registers:
+        draw = torch.Generator().manual_seed(recipe.seed)
+        with torch.no_grad():
+            net.reg_token.copy_(torch.randn(net.reg_token.shape, generator=draw) * recipe.register_init)
+    return net
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Shift and scale pixels (…, 3, H, W) in [0, 1] → network input."""
+    return (pixels - pixels.new_tensor(MEAN).view(3, 1, 1)) / pixels.new_tensor(STD).view(3, 1, 1)
+
+
+def encode(
+    net: Any, pixels: Tensor, change: Callable[[Tensor], Tensor] | None = None, keep: Tensor | None = None
+) -> Tensor:
+    """Run a ViT on changed or partial sequences: pixels (n, 3, H, W) in [0, 1] → tokens (n, prefix + kept, d), final norm on.
+
+    `change` acts on the patch embeddings (n, patches, d) before positions are added (iBOT's masks); `keep` (n, kept)
+    names the patches that enter the blocks (MAE). CLS and registers always do.
+    """
+    x = net.patch_embed(normalise(pixels))
+    x = net._pos_embed(x if change is None else change(x))
+    if keep is not None:
+        prefix = net.num_prefix_tokens
+        patches = x[:, prefix:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([x[:, :prefix], patches], 1)
+    return net.norm(net.blocks(net.norm_pre(x)))
+
+
+def resized(net: Any, pixels: Tensor) -> Tensor:
+    """CLS tokens of pictures of another size (small crops), positions resized: (n, 3, h, w) in [0, 1] → (n, d)."""
+    from timm.layers import resample_abs_pos_embed
+
+    x = net.patch_embed.proj(normalise(pixels)).flatten(2).transpose(1, 2)
+    side = pixels.shape[-1] // net.patch_embed.patch_size[0]
+    position = resample_abs_pos_embed(
+        net.pos_embed,
+        new_size=[side, side],
+        old_size=list(net.patch_embed.grid_size),
+        num_prefix_tokens=0,
+        antialias=True,
+    )
+    prefix = [t.expand(len(x), -1, -1) for t in (net.cls_token, net.reg_token) if t is not None]
+    x = torch.cat([*prefix, net.patch_embed.norm(x) + position], 1)
+    return net.norm(net.blocks(net.norm_pre(x)))[:, 0]
