@@ -254,12 +254,12 @@ def _from_zoo(name: str, given: Path | None) -> Backbone:
         raise Problem(
             f"{folder / 'recipe.json'} is not a recipe of the zoo: fetch the repository's data again"
         ) from error
-    file = given or folder / "weights.safetensors"
-    state = read_weights(file)
-    found = results.file_hash(file)
+    files = [given] if given else sorted(folder.glob("weights*.safetensors")) or [folder / "weights.safetensors"]
+    state = {k: v for file in files for k, v in read_weights(file).items()}  # large ones come in pieces
+    found = results.file_hash(*files)
     if given is None and found != wanted:
-        raise Problem(f"{file} does not have the hash in its recipe: fetch the repository's data again")
-    _fill(net, state, file, name)
+        raise Problem(f"{files[0]} does not have the hash in its recipe: fetch the repository's data again")
+    _fill(net, state, files[0], name)
     return Backbone(name, net, mean, std, (size, size), 1.0, given.name if given else source, found)
 
 

@@ -1,6 +1,7 @@
 """What a finished run leaves: weights in pieces of at most 16 MB, recipe, history, and a model card made from them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def publish(
         "provenance": origin,
     }
     text = json.dumps(card, indent=1, sort_keys=True) + "\n"
-    results.write_whole(out / "recipe.json", lambda spare: spare.write_text(text))
-    results.write_whole(out / "README.md", lambda spare: spare.write_text(describe(card, log)))
+    for name, words in (("recipe.json", text), ("README.md", describe(json.loads(text), log))):
+        results.write_whole(out / name, partial(_text, words))
     return out
 
 
@@ -61,10 +62,15 @@ def _weights(state: dict[str, Tensor], out: Path) -> None:
         if old.name not in plan.filename_to_tensors:
             old.unlink()
     for name, tensors in plan.filename_to_tensors.items():
-        data = save({k: state[k] for k in tensors})
-        results.write_whole(
-            out / name, lambda spare, data=data: spare.write_bytes(data)
-        )  # save_file would hide it from others
+        results.write_whole(out / name, partial(_tensors, {k: state[k] for k in tensors}))
+
+
+def _tensors(state: dict[str, Tensor], spare: Path) -> None:
+    spare.write_bytes(save(state))  # save_file would hide the file from other users
+
+
+def _text(words: str, spare: Path) -> None:
+    spare.write_text(words)
 
 
 def describe(card: dict[str, Any], log: xr.Dataset) -> str:

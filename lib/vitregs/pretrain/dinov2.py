@@ -34,9 +34,7 @@ class Learner(dino.Learner):
     def masks(self, count: int, device: torch.device) -> Tensor:
         """Draw block masks: crops → (n, rows, columns) bool, some crops without any."""
         random.seed(int(torch.randint(2**31, ())))  # lightly draws with Python's own generator
-        least = max(
-            1, min(4, int(self.own.masked_least * self.grid**2))
-        )  # its four patches a block are too many for small grids
+        least = min(4, int(self.own.masked_least * self.grid**2))  # patches in a block, as many as small grids have
         drawn = random_block_mask(
             (count, self.grid, self.grid), self.own.masked_pictures, self.own.masked_least, self.own.masked_most,
             min_num_masks_per_block=least,

@@ -69,11 +69,10 @@ def rows(batch: int, rank: int, world: int) -> slice:
 class SceneFeed:
     """Procedural scenes; no two steps see the same one."""
 
-    classes = list(CLASSES)
     fingerprint = "scenes"
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.classes = recipe, device, list(CLASSES)
 
     def _render(self, first: int, count: int) -> Scenes:
         recipe = self.recipe

@@ -55,9 +55,8 @@ def train(
     learner = objectives.learner(recipe, feed).to(target)
     optimizer = schedules.optimiser(learner, recipe)
     file, stamp = out / "checkpoint.pt", json.dumps({**recipe.facts(), "data": feed.fingerprint}, sort_keys=True)
-    start, records, spent, total, seen = _resume(stamp, file, learner, optimizer) if resume else (0, [], 0.0, 0.0, 0)
+    start, records, spent, before, seen = _resume(stamp, file, learner, optimizer) if resume else (0, [], 0.0, 0.0, 0)
     low = torch.autocast(target.type, torch.bfloat16, enabled=recipe.precision == "bf16")
-    captions: bool = learner.captions  # type: ignore[assignment]
 
     def loss_of(module: nn.Module, batch: feeds.Batch) -> torch.Tensor:
         with low:
@@ -69,12 +68,12 @@ def train(
         flop = meter.operations(learner, lambda twin: loss_of(twin, few), len(few))
         peak = world * meter.peak(target, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     if target.type == "cuda" if compiled is None else compiled:  # small ViTs gain nothing from it on a CPU
-        for block in learner.vit.blocks:  # type: ignore[union-attr]
+        for block in learner.vit.blocks:
             block.compile(dynamic=False)  # one block's code serves all
     run: nn.Module = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
     watch = _Watch(recipe, feed, learner) if rank == 0 else None
     bar = meter.Bar(recipe.name, start, recipe.steps, recipe.batch, flop, peak, rank == 0)
-    clock, total = time.monotonic() - spent, torch.tensor(total, device=target)
+    clock, total = time.monotonic() - spent, torch.tensor(before, device=target)
     try:
         for step in range(start, recipe.steps + 1):
             late = (
@@ -104,7 +103,7 @@ def train(
                 report(f"{recipe.name} stopped in time at step {step}: the same command goes on from here")
                 return None
             torch.manual_seed(recipe.seed * 1_000_003 + step * world + rank)
-            batch = feed.take(step, rank=rank, world=world, captions=captions)
+            batch = feed.take(step, rank=rank, world=world, captions=learner.captions)
             schedules.apply(optimizer, recipe, step)
             learner.step = step
             loss = loss_of(run, batch)
@@ -129,7 +128,11 @@ def train(
         bar.close()
     if rank != 0:
         return out
-    speed = {"images_per_second": bar.rate(), "utilisation": bar.utilisation(), "gflop_per_image": flop / 1e9}
+    speed: dict[str, Any] = {
+        "images_per_second": bar.rate(),
+        "utilisation": bar.utilisation(),
+        "gflop_per_image": flop / 1e9,
+    }
     if recipe.data != "scenes":
         speed |= {"pictures": feed.trained, "fingerprint": feed.fingerprint}  # type: ignore[attr-defined]
     return cards.publish(recipe, learner.published, records, out, origin, speed)
@@ -138,7 +141,7 @@ def train(
 class _Watch:
     """Looks at a network in training, on the same held-out pictures every time."""
 
-    def __init__(self, recipe: Recipe, feed: feeds.Feed, learner: nn.Module) -> None:
+    def __init__(self, recipe: Recipe, feed: feeds.Feed, learner: Any) -> None:
         self.recipe, self.learner = recipe, learner
         self.queries, self.bank = feed.held(SCORED + BANK).split(SCORED / (SCORED + BANK))
 
@@ -146,7 +149,7 @@ class _Watch:
         begun = time.monotonic()
         state = random.getstate()
         self.learner.eval()
-        backbone = snapshot(self.recipe, self.learner.published)  # type: ignore[arg-type]
+        backbone = snapshot(self.recipe, self.learner.published)
         score = getattr(self.learner, "score", None)
         found = {
             "step": step,

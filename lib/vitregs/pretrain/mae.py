@@ -19,6 +19,7 @@ class Learner(nn.Module):
     """A ViT and the decoder that is thrown away afterwards."""
 
     captions = False
+    place: Tensor  # positions of the decoder
 
     def __init__(self, recipe: Recipe, feed: Feed) -> None:
         super().__init__()

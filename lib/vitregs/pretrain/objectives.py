@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+import torch
 
 from vitregs.pretrain import clip, dino, dinov2, mae, supervised
 from vitregs.pretrain.feeds import Feed
@@ -17,10 +17,8 @@ LEARNERS: dict[str, Any] = {
 }
 
 
-def learner(recipe: Recipe, feed: Feed) -> nn.Module:
+def learner(recipe: Recipe, feed: Feed) -> Any:
     """Make the learner of a recipe with fresh weights, the same for the same seed: recipe, its data → module."""
-    import torch
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return LEARNERS[recipe.objective.name](recipe, feed)
+        return LEARNERS[recipe.objective.name](recipe, feed).train()  # a teacher turns itself to evaluation

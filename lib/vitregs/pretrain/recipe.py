@@ -142,7 +142,11 @@ class DinoV2(Dino):
         _share(self, "masked_pictures", "masked_least", "masked_most")
         if self.masked_least > self.masked_most:
             raise Problem(f"masked_least {self.masked_least} is above masked_most {self.masked_most}")
-        if round(recipe.batch * self.masked_pictures) < 1:
+        if int(self.masked_least * recipe.patches) < 1:  # lightly cannot mask less than one patch
+            raise Problem(
+                f"masked_least {self.masked_least} of {recipe.patches} patches is none: raise it, or image_size"
+            )
+        if int(2 * recipe.batch * self.masked_pictures) < 1:
             raise Problem(f"a batch of {recipe.batch} leaves no masked picture for dinov2: raise batch")
 
 

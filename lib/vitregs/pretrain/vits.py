@@ -18,11 +18,16 @@ def build(recipe: Recipe, classes: int = 0) -> nn.Module:
     Networks that differ in their registers alone start from the same weights elsewhere.
     """
     torch.manual_seed(recipe.seed)
-    net = timm.models.VisionTransformer(**recipe.vit(), num_classes=classes, drop_path_rate=recipe.drop_path)
-    if recipe.registers:
-        draw = torch.Generator().manual_seed(recipe.seed)
-        with torch.no_grad():
-            net.reg_token.copy_(torch.randn(net.reg_token.shape, generator=draw) * recipe.register_init)
+    more = {"num_classes": classes, "drop_path_rate": recipe.drop_path}
+    plain: Any = timm.models.VisionTransformer(**{**recipe.vit(), "reg_tokens": 0}, **more)
+    if not recipe.registers:
+        return plain
+    with torch.random.fork_rng(devices=[]):  # timm draws registers first, which would change all that follows
+        net: Any = timm.models.VisionTransformer(**recipe.vit(), **more)
+    net.load_state_dict(plain.state_dict(), strict=False)
+    draw = torch.Generator().manual_seed(recipe.seed)
+    with torch.no_grad():
+        net.reg_token.copy_(torch.randn(net.reg_token.shape, generator=draw) * recipe.register_init)
     return net
 
 
