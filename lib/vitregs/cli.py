@@ -56,6 +56,7 @@ def _parser() -> _Parser:
     train.add_argument("settings", nargs="*", help="overrides, as steps=1000 lr=5e-4")
     train.add_argument("--out", type=Path, help="folder (default runs/RECIPE)")
     train.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default auto)")
+    train.add_argument("--list", action="store_true", help="list the runs still wanted, most informative first")
     train.add_argument("--images", help="where the recipe's pictures lie: a folder, parquet files (default: the hub)")
     train.add_argument("--minutes", type=float, help="stop in time, with a checkpoint; the same command goes on")
     train.add_argument("--restart", action="store_true", help="start anew instead of resuming")
@@ -130,8 +131,14 @@ def _run(words: argparse.Namespace, rest: Sequence[str]) -> None:
 def _train(words: argparse.Namespace) -> None:
     from vitregs.pretrain import loop, recipe, recipes
 
+    if words.list:
+        print("\n".join(_wanted()))
+        return
     if not words.recipe:
         print("\n".join(f"{r.name:<24} {r.about}" for r in recipes.RECIPES.values()))
+        print(
+            '\nAny of them with registers or another seed: "-reg4", "-seed1" behind the name. Runs still wanted: --list'
+        )
         return
     chosen = recipe.parse(recipes.recipe(words.recipe), words.settings)
     out = words.out or Path("runs") / chosen.name
@@ -140,6 +147,27 @@ def _train(words: argparse.Namespace) -> None:
     )
     if done:
         print(done)
+
+
+def _wanted() -> list[str]:
+    """The runs still wanted, most informative first, and how far each is."""
+    from vitregs import backbones
+    from vitregs.pretrain import recipes
+
+    lines = []
+    for run in recipes.WANTED:
+        name, folder = run.recipe.name, Path("runs") / run.recipe.name
+        state = (
+            "in the zoo"
+            if name in backbones.zoo()
+            else "done"
+            if (folder / "recipe.json").exists()
+            else "begun"
+            if (folder / "checkpoint.pt").exists()
+            else "wanted"
+        )
+        lines += [f"{state:<10} vitregs train {' '.join(run.words)} --device cuda", f"{'':<10} {run.price}: {run.why}"]
+    return lines
 
 
 def _models(words: argparse.Namespace) -> None:

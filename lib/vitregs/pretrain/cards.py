@@ -85,7 +85,12 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
         "training": f"{recipe['steps']:,} steps of {recipe['batch']}, seed {recipe['seed']}, {card['minutes']:.0f} min on "
         f"{card['provenance'].get('device', 'cpu')}",
         "k-NN, trained / untrained": f"{_number(card.get('knn'))} / {_number(card.get('knn_untrained'))}",
+        **{
+            f"linear, {name}: trained / untrained": f"{_number(value)} / {_number(card['linear_untrained'][name])}"
+            for name, value in card.get("linear", {}).items()
+        },
         "head or zero-shot accuracy": _number(card["accuracy"]),
+        "share of the time spent watching": f"{_watching(log):.3f}",
         "top-1 % / median norm": f"{best['top1']:.2f} (layer {best['layer']}), separation {_number(best['separation'])}",
         "outliers by the rule of the hunt": "emerged" if history.emerged(log) else "not emerged",
         "weights, SHA-256": card["weights"],
@@ -98,6 +103,10 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
         f'Load it with `vitregs.backbones.load("{recipe["name"]}")`; train it again with '
         f"`vitregs train {recipe['name']}`.\n\n{settings}\n"
     )
+
+
+def _watching(log: xr.Dataset) -> float:
+    return float(log["watching"].sum() / log["seconds"].max()) if "watching" in log else float("nan")
 
 
 def _number(value: float | None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vitregs import images, scenes
 from vitregs.pretrain.recipe import Recipe
 from vitregs.problems import Problem
-from vitregs.scenes import CLASSES, Scenes
+from vitregs.scenes import CLASSES, COLOUR_NAMES, Scenes
 
 HELD_OUT = 2**40  # first scene of the held-out part: far behind anything a run can reach
 LEAST = 64  # pictures that a held-out part must have
@@ -57,6 +57,10 @@ class Feed(Protocol):
         """One sentence for each class, for zero-shot classification."""
         ...
 
+    def asks(self, batch: Batch) -> dict[str, Tensor]:
+        """What a linear classifier is asked of pictures: {name: classes (n,)}."""
+        ...
+
 
 def rows(batch: int, rank: int, world: int) -> slice:
     """Rows of a process: batch, rank, processes → slice. Raises Problem unless the batch divides evenly."""
@@ -92,6 +96,10 @@ class SceneFeed:
     def prompts(self) -> list[str]:
         """One sentence for each pair of colour and shape."""
         return [f"a {name}" for name in CLASSES]
+
+    def asks(self, batch: Batch) -> dict[str, Tensor]:
+        """Colour and shape of the object with the largest area."""
+        return {"colour": batch.label % len(COLOUR_NAMES), "shape": batch.label // len(COLOUR_NAMES)}
 
 
 def _batch(found: Scenes, captions: bool) -> Batch:
@@ -149,6 +157,10 @@ class PictureFeed:
     def prompts(self) -> list[str]:
         """One sentence for each class."""
         return [f"a photo of a {name}" for name in self.named]
+
+    def asks(self, batch: Batch) -> dict[str, Tensor]:
+        """The label."""
+        return {"label": batch.label}
 
 
 def _split(source: str) -> str | None:

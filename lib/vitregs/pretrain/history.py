@@ -4,18 +4,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
 
 from vitregs import artifacts, capture, cutoffs
 from vitregs.backbones import Backbone
-from vitregs.pretrain.feeds import Batch
 
 EDGES = np.logspace(-1, 4, 201)  # of the norm histograms
 KINDS = ("cls", "register", "patch")
 BY_LAYER = ("median", "largest", "top1", "kurtosis", "share", "separation", "ratio")
-NEIGHBOURS = 10
 # The rule of the hunt, fixed before any run (data/results/LOG.md, 2026-11-25): in some block, typical picture
 EMERGED_TOP1, EMERGED_SEPARATION = 4.0, 3.0
 
@@ -69,33 +66,6 @@ def look(backbone: Backbone, pixels: Tensor) -> dict[str, Any]:
         },
         "sink": sink,
     }
-
-
-@torch.no_grad()
-def features(backbone: Backbone, pixels: Tensor, batch: int = 64) -> Tensor:
-    """CLS and mean patch after the final norm, side by side: (n, 3, H, W) in [0, 1] → unit vectors (n, 2·d or d)."""
-    parts = []
-    for part in pixels.split(batch):
-        tokens = backbone.net.forward_features(backbone.prepare(part))  # type: ignore[operator]
-        patches = tokens[:, backbone.prefix :].mean(1)
-        parts.append(torch.cat([tokens[:, 0], patches], 1) if backbone.has_cls else patches)
-    return F.normalize(torch.cat(parts).float(), dim=-1)
-
-
-def knn(backbone: Backbone, bank: Batch, queries: Batch, neighbours: int = NEIGHBOURS) -> float:
-    """Share of queries whose neighbours vote for a class in view: labelled bank, queries → in [0, 1], nan without labels.
-
-    The vote is weighted by exp(similarity / 0.07) as in DINO (Caron et al. 2021, appendix F.1).
-    """
-    if not bool(bank.labels.any()):
-        return float("nan")
-    known = bank.label >= 0
-    near, at = (features(backbone, queries.pixels) @ features(backbone, bank.pixels[known]).T).topk(
-        min(neighbours, int(known.sum()))
-    )
-    votes = F.one_hot(bank.label[known][at], bank.labels.shape[1]) * (near / 0.07).exp()[..., None]
-    best = votes.sum(1).argmax(1, keepdim=True)
-    return float(queries.labels.gather(1, best).float().mean())
 
 
 def dataset(records: list[dict[str, Any]]) -> xr.Dataset:

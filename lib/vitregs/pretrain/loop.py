@@ -20,11 +20,12 @@ from torch import nn
 
 from vitregs import backbones, results
 from vitregs.backbones import Backbone
-from vitregs.pretrain import cards, feeds, history, meter, objectives, schedules, vits
+from vitregs.pretrain import cards, feeds, history, meter, objectives, schedules, scores, vits
 from vitregs.pretrain.recipe import Recipe
 from vitregs.problems import Problem
 
-WATCHED, BANK, SCORED = 64, 512, 512  # held-out pictures whose norms are watched, that k-NN knows, and that are scored
+WATCHED, SCORED = 64, 512  # held-out pictures whose norms are watched, and that a head or prompts are scored on
+QUERIES, BANK = 128, 256  # held-out pictures that k-NN is asked, and those it knows
 CHECKED = 50  # steps between two looks at the loss: each waits for the device
 
 
@@ -37,15 +38,16 @@ def train(
     count: int | None = None,
     resume: bool = True,
     compiled: bool | None = None,
-    every: int = 500,
+    every: int | None = None,
     minutes: float | None = None,
     report: Callable[[str], None] = print,
 ) -> Path | None:
     """Train a recipe: where to keep checkpoints and the result, device → folder with weights, recipe, history and card.
 
-    `images` says where the pictures of `recipe.data` lie, `count` how many of them are used; with `minutes` the run stops
-    in time, with a checkpoint, and gives None. Raises Problem for a checkpoint of another recipe, too little memory on the
-    device, data that do not fit, or a disk that cannot be written; the last checkpoint survives.
+    `images` says where the pictures of `recipe.data` lie, `count` how many of them are used. With `minutes` the run stops
+    in time, with a checkpoint, and gives None, as do all processes but the first. Raises Problem for a checkpoint of
+    another recipe, too little memory on the device, data that do not fit, or a disk that cannot be written; the last
+    checkpoint survives.
     """
     begun = time.monotonic()
     rank, world, target = _place(device)
@@ -62,15 +64,14 @@ def train(
         with low:
             return module(batch)
 
-    flop, peak = 0.0, 0.0
-    if rank == 0:
-        few = feed.held(4)
-        flop = meter.operations(learner, lambda twin: loss_of(twin, few), len(few))
-        peak = world * meter.peak(target, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    few = feed.held(4)
+    flop = meter.operations(learner, lambda twin: loss_of(twin, few), len(few))  # by all processes: losses may gather
+    peak = world * meter.peak(target, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    every = every or max(500, recipe.steps // 15)  # keeps what looking costs under a twentieth
     if target.type == "cuda" if compiled is None else compiled:  # small ViTs gain nothing from it on a CPU
         for block in learner.vit.blocks:
             block.compile(dynamic=False)  # one block's code serves all
-    run: nn.Module = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
+    run: nn.Module = nn.parallel.DistributedDataParallel(learner) if world > 1 else learner
     watch = _Watch(recipe, feed, learner) if rank == 0 else None
     bar = meter.Bar(recipe.name, start, recipe.steps, recipe.batch, flop, peak, rank == 0)
     clock, total = time.monotonic() - spent, torch.tensor(before, device=target)
@@ -100,7 +101,7 @@ def train(
             if late:
                 if rank == 0:
                     _save(stamp, file, learner, optimizer, step, records, time.monotonic() - clock, total.item(), seen)
-                report(f"{recipe.name} stopped in time at step {step}: the same command goes on from here")
+                    report(f"{recipe.name} stopped in time at step {step}: the same command goes on from here")
                 return None
             torch.manual_seed(recipe.seed * 1_000_003 + step * world + rank)
             batch = feed.take(step, rank=rank, world=world, captions=learner.captions)
@@ -126,16 +127,24 @@ def train(
         ) from error
     finally:
         bar.close()
-    if rank != 0:
-        return out
-    speed: dict[str, Any] = {
-        "images_per_second": bar.rate(),
-        "utilisation": bar.utilisation(),
-        "gflop_per_image": flop / 1e9,
-    }
-    if recipe.data != "scenes":
-        speed |= {"pictures": feed.trained, "fingerprint": feed.fingerprint}  # type: ignore[attr-defined]
-    return cards.publish(recipe, learner.published, records, out, origin, speed)
+    done = None
+    if rank == 0:
+        fresh = objectives.learner(recipe, feed).to(target)
+        linear = [scores.final(snapshot(recipe, net.eval()), feed) for net in (learner.published, fresh.published)]
+        facts: dict[str, Any] = {
+            "images_per_second": bar.rate(),
+            "utilisation": bar.utilisation(),
+            "gflop_per_image": flop / 1e9,
+            "linear": linear[0],
+            "linear_untrained": linear[1],
+        }
+        if isinstance(feed, feeds.PictureFeed):
+            facts |= {"pictures": feed.trained, "fingerprint": feed.fingerprint}
+        done = cards.publish(recipe, learner.published, records, out, origin, facts)
+    if world > 1:
+        dist.barrier()  # a process that left early would bring the others down
+        dist.destroy_process_group()
+    return done
 
 
 class _Watch:
@@ -143,7 +152,8 @@ class _Watch:
 
     def __init__(self, recipe: Recipe, feed: feeds.Feed, learner: Any) -> None:
         self.recipe, self.learner = recipe, learner
-        self.queries, self.bank = feed.held(SCORED + BANK).split(SCORED / (SCORED + BANK))
+        self.scored, bank = feed.held(SCORED + BANK).split(SCORED / (SCORED + BANK))
+        self.bank, self.queries = bank, self.scored.split(QUERIES / SCORED)[0]
 
     def __call__(self, step: int, loss: float) -> dict[str, Any]:
         begun = time.monotonic()
@@ -154,9 +164,9 @@ class _Watch:
         found = {
             "step": step,
             "loss": loss,
-            "accuracy": score(self.queries) if score else math.nan,
-            "knn": history.knn(backbone, self.bank, self.queries),
-            **history.look(backbone, self.queries.pixels[:WATCHED]),
+            "accuracy": score(self.scored) if score else math.nan,
+            "knn": scores.knn(backbone, self.bank, self.queries),
+            **history.look(backbone, self.scored.pixels[:WATCHED]),
         }
         self.learner.train()
         random.setstate(state)

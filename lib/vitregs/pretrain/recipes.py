@@ -1,9 +1,10 @@
 """The recipes by name, each with its price and its expected score, and the runs still wanted, most informative first."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
-from vitregs.pretrain.recipe import Clip, Dino, DinoV2, Mae, Recipe, Supervised
+from vitregs.pretrain.recipe import Clip, Dino, DinoV2, Mae, Recipe, Supervised, parse
 from vitregs.problems import unknown
 from vitregs.scenes import Difficulty
 
@@ -25,7 +26,10 @@ _ALL = [
     ),
     Recipe("mae-pico", "", Mae(), steps=3000, batch=64, warmup=300, weight_decay=0.05, precision=CPU),
     Recipe("dino-pico", "", Dino(**FEW), steps=1500, warmup=200, weight_decay=0.04, weight_decay_end=0.4, precision=CPU),
-    Recipe("dinov2-pico", "", DinoV2(**FEW, patch_prototypes=256), steps=1500, warmup=200, weight_decay=0.04, weight_decay_end=0.2, precision=CPU),
+    Recipe(
+        "dinov2-pico", "", DinoV2(**FEW, patch_prototypes=256), steps=1500, warmup=200, weight_decay=0.04,
+        weight_decay_end=0.2, precision=CPU,
+    ),
     # The hunt on a CPU: one shape in three widths, and one run of sixty thousand steps.
     *(
         Recipe(f"hunt-{size}", "", size=size, steps=10_000, batch=8, difficulty=REDUNDANT, precision=CPU)
@@ -62,3 +66,42 @@ def recipe(name: str) -> Recipe:
         raise unknown("recipe", name, RECIPES)
     changes = {k: int(v) for k, v in (("registers", registers), ("seed", seed)) if v is not None}
     return RECIPES[base].override(name=name, **changes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is wanted: the words of its command and what it would tell."""
+
+    words: tuple[str, ...]
+    why: str
+    price: str = "one GPU, 10 min at most (an estimate)"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the words mean."""
+        return parse(recipe(self.words[0]), self.words[1:])
+
+
+# What a GPU would tell, most informative first; the pair and its seeds follow whatever emerges.
+WANTED = (
+    Run(("hunt-tiny",), "256 tokens, depth 12, 20,000 steps: the literature's first guess"),
+    Run(("hunt-tiny", "weight_decay=0.5", "lr=2e-3"), "more decay and rate, which drive sinks in language models"),
+    Run(("tinyimagenet-tiny",), "the same size on real pictures"),
+    Run(("hunt-small",), "does width bring them?", "one GPU, 20 min (an estimate)"),
+    Run(("hunt-tiny", "layer_scale=1e-4"), "DeiT-III's LayerScale"),
+    Run(("hunt-tiny", "patch_norm=true"), "control: LayerNorm before the first block, expected to prevent them"),
+    Run(("hunt-tiny", "pool=avg"), "control: no CLS token to write to"),
+    Run(("hunt-tiny-reg4",), "the remedy, where the disease is"),
+    Run(("hunt-tiny-seed1",), "a second seed"),
+    Run(("hunt-tiny-seed2",), "a third"),
+    Run(("hunt-tiny", "steps=60000"), "three times the steps", "one GPU, 20 min (an estimate)"),
+    Run(
+        ("clip-pico", "size=tiny", "patch_size=4", "steps=20000", "batch=256", "precision=bf16"),
+        "captions instead of classes",
+    ),
+    Run(
+        ("dinov2-pico", "size=tiny", "patch_size=4", "steps=20000", "batch=128", "precision=bf16"), "expected negative"
+    ),
+    Run(("dino-pico", "size=tiny", "patch_size=4", "steps=20000", "batch=128", "precision=bf16"), "expected negative"),
+    Run(("mae-pico", "size=tiny", "patch_size=4", "steps=20000", "batch=256", "precision=bf16"), "expected negative"),
+)

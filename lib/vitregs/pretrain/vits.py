@@ -18,7 +18,7 @@ def build(recipe: Recipe, classes: int = 0) -> nn.Module:
     Networks that differ in their registers alone start from the same weights elsewhere.
     """
     torch.manual_seed(recipe.seed)
-    more = {"num_classes": classes, "drop_path_rate": recipe.drop_path}
+    more: Any = {"num_classes": classes, "drop_path_rate": recipe.drop_path}
     plain: Any = timm.models.VisionTransformer(**{**recipe.vit(), "reg_tokens": 0}, **more)
     if not recipe.registers:
         return plain

@@ -1,0 +1,73 @@
+"""What frozen features know: k-nearest neighbours while a network trains, a linear classifier when it is done."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitregs.backbones import Backbone
+from vitregs.pretrain.feeds import Batch, Feed
+
+NEIGHBOURS = 10
+PROBED = 3072  # held-out pictures of the final score; a third of them is scored, the rest teaches the classifier
+DECAY = 1e-3  # of the classifier's weights
+
+
+@torch.no_grad()
+def features(backbone: Backbone, pixels: Tensor, batch: int = 64) -> Tensor:
+    """CLS and mean patch after the final norm, side by side: (n, 3, H, W) in [0, 1] → unit vectors (n, 2·d or d)."""
+    parts = []
+    for part in pixels.split(batch):
+        tokens = backbone.net.forward_features(backbone.prepare(part))  # type: ignore[operator]
+        patches = tokens[:, backbone.prefix :].mean(1)
+        parts.append(torch.cat([tokens[:, 0], patches], 1) if backbone.has_cls else patches)
+    return F.normalize(torch.cat(parts).float(), dim=-1)
+
+
+def knn(backbone: Backbone, bank: Batch, queries: Batch, neighbours: int = NEIGHBOURS) -> float:
+    """Share of queries whose neighbours vote for a class in view: labelled bank, queries → in [0, 1], nan without labels.
+
+    The vote is weighted by exp(similarity / 0.07) as in DINO (Caron et al. 2021, appendix F.1).
+    """
+    known = bank.label >= 0
+    if not bool(known.any()):
+        return float("nan")
+    alike = features(backbone, queries.pixels) @ features(backbone, bank.pixels[known]).T
+    near, at = alike.topk(min(neighbours, alike.shape[1]))
+    votes = F.one_hot(bank.label[known][at], bank.labels.shape[1]) * (near / 0.07).exp()[..., None]
+    best = votes.sum(1).argmax(1, keepdim=True)
+    return float(queries.labels.gather(1, best).float().mean())
+
+
+def linear(train: Tensor, label: Tensor, test: Tensor) -> Tensor:
+    """Logistic regression to convergence on standardised features: (n, d), classes (n,), (m, d) → classes (m,)."""
+    mean, spread = train.mean(0), train.std(0) + 1e-6
+    x, y = (train - mean) / spread, (test - mean) / spread
+    classes = int(label.max()) + 1
+    weight = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def cost() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, label) + DECAY * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(cost)  # type: ignore[arg-type]  # the stubs want a float
+    return (y @ weight + bias).argmax(1)
+
+
+def final(backbone: Backbone, feed: Feed) -> dict[str, float]:
+    """Accuracy of a linear classifier for each thing that labels tell: network, its data → {name: in [0, 1]}.
+
+    Scenes: colour and shape of the object with the largest area, chance 1/8 each. Pictures: the label.
+    """
+    held = feed.held(PROBED)
+    known = held.label >= 0
+    if not bool(known.any()):
+        return {}
+    found, cut = features(backbone, held.pixels[known]), int(known.sum()) // 3
+    return {
+        name: float((linear(found[cut:], label[known][cut:], found[:cut]) == label[known][:cut]).float().mean())
+        for name, label in feed.asks(held).items()
+    }

@@ -1,0 +1,121 @@
+"""What a step sees: pictures held as bytes, shuffled by epoch, never those that are held out; captions; wrong sources."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitregs import images, results
+from vitregs.pretrain import feeds, loop
+from vitregs.pretrain.recipe import Recipe
+from vitregs.pretrain.recipes import recipe
+from vitregs.problems import Problem
+
+CPU = torch.device("cpu")
+CHOSEN = recipe("tinyimagenet-pico").override(image_size=16, patch_size=8, batch=8, size="femto")
+
+
+def problem(call, *args: object, **more: object) -> str:
+    with pytest.raises(Problem) as caught:
+        call(*args, **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes of 60 pictures, each of one colour of its own."""
+    for c, name in enumerate(("cat_fish", "dog", "owl")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(60):
+            colour = (60 * c + 10, 4 * i, 100)
+            Image.new("RGB", (20, 20), colour).save(tmp_path / "pictures" / name / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_pictures_of_a_folder(folder: Path) -> None:
+    feed = feeds.PictureFeed(CHOSEN, CPU, str(folder))
+    assert feed.classes == ["cat_fish", "dog", "owl"]
+    assert feed.trained == 180 - 64
+    batch = feed.take(0, captions=True)
+    assert batch.pixels.shape == (8, 3, 16, 16)
+    red = (batch.pixels[:, 0].mean((1, 2)) * 255).round().int()
+    assert torch.equal(batch.label, (red - 10) // 60)
+    assert batch.labels.int().argmax(1).tolist() == batch.label.tolist()
+    assert batch.labels.sum(1).tolist() == [1] * 8
+    assert batch.captions == [f"a photo of a {['cat fish', 'dog', 'owl'][i]}" for i in batch.label.tolist()]
+    assert feed.prompts()[0] == "a photo of a cat fish"
+    assert feed.take(0).captions is None
+
+
+def seen(pixels: torch.Tensor) -> list[tuple[int, int]]:
+    return [tuple(p) for p in (pixels.mean((2, 3))[:, :2] * 255).round().int().tolist()]
+
+
+def test_an_epoch_sees_each_picture_once_and_none_held_out(folder: Path) -> None:
+    feed = feeds.PictureFeed(CHOSEN, CPU, str(folder))
+    steps = feed.trained // 8
+    first, second = ([v for s in range(e * steps, (e + 1) * steps) for v in seen(feed.take(s).pixels)] for e in (0, 1))
+    assert len(set(first)) == len(first) == steps * 8
+    assert first != second
+    held = seen(feed.held(1000).pixels)
+    assert len(held) == 64
+    assert not set(held) & (set(first) | set(second))
+    again = feeds.PictureFeed(CHOSEN, CPU, str(folder))
+    assert torch.equal(again.take(17).pixels, feed.take(17).pixels)
+    other = feeds.PictureFeed(CHOSEN.override(seed=1), CPU, str(folder))
+    assert not torch.equal(other.take(0).pixels, feed.take(0).pixels)
+    assert torch.equal(other.held(9).pixels, feed.held(9).pixels)  # what is held out does not depend on the seed
+
+
+def test_wrong_sources(folder: Path, tmp_path: Path) -> None:
+    make = feeds.make
+    assert "has 20 pictures: too few for a batch of 8 and 64 held out" in problem(make, CHOSEN, CPU, str(folder), 20)
+    assert "no folder or file" in problem(make, CHOSEN, CPU, "./nowhere")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(100):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(flat / f"{i}.png")
+    assert "supervised training needs labels" in problem(make, CHOSEN, CPU, str(flat))
+    clip = recipe("clip-pico").override(image_size=16, batch=8, data="somebody/pictures")
+    assert "clip needs captions" in problem(make, clip, CPU, str(flat))
+    assert make(clip, CPU, str(folder)).held(1).captions
+    mae = recipe("mae-pico").override(image_size=16, batch=8)
+    assert make(mae, CPU, str(flat)).take(0).label.tolist() == [-1] * 8  # labels are of no use to it
+
+
+@pytest.mark.parametrize("name", ["cifar10", "tiny-imagenet", "imagenette-224"])
+def test_real_pictures(name: str, shared_data: Path) -> None:
+    feed = feeds.make(CHOSEN.override(image_size=32), CPU, str(shared_data / name), 400)
+    assert len(feed.classes) == {"cifar10": 10, "tiny-imagenet": 200, "imagenette-224": 10}[name]
+    batch = feed.take(0, captions=True)
+    assert 0 < float(batch.pixels.std()) < 0.5
+    assert batch.captions[0] == f"a photo of a {feed.classes[batch.label[0]].replace('_', ' ')}"
+
+
+def test_training_on_real_pictures(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for what, value in {"WATCHED": 16, "SCORED": 16, "QUERIES": 16, "BANK": 16}.items():
+        monkeypatch.setattr(loop, what, value)
+    chosen = recipe("tinyimagenet-pico").override(size="femto", image_size=32, batch=8, steps=6, warmup=2, name="real")
+    source = str(shared_data / "tiny-imagenet")
+    out = loop.train(chosen, out=tmp_path / "run", device="cpu", images=source, count=200, report=lambda _l: None)
+    card = json.loads((out / "recipe.json").read_text())
+    assert (card["pictures"], card["recipe"]["data"]) == (136, "zh-plus/tiny-imagenet")
+    assert card["linear"].keys() == {"label"}
+    assert "shared" not in (out / "recipe.json").read_text() + (out / "README.md").read_text()  # a name, no path
+    assert results.load(out / "history.nc")["accuracy"].notnull().all()
+    other = {"images": str(shared_data / "cifar10"), "count": 200, "device": "cpu"}
+    assert "belongs to another recipe" in problem(loop.train, chosen, out=tmp_path / "run", **other)
+
+
+def test_class_names_come_from_the_data_set(shared_data: Path) -> None:
+    found = images.load(str(shared_data / "imagenette-224"), size=32, count=1)
+    assert found.source.classes[0] == "tench"
+    assert np.ndim(next(found.batches()).labels[0]) == 0
+
+
+def test_a_recipe_of_scenes_needs_no_source() -> None:
+    assert isinstance(feeds.make(Recipe("x", "", batch=2), CPU), feeds.SceneFeed)

@@ -1,0 +1,322 @@
+"""Every objective through the loop, without and with registers: it learns, resumes exactly, and runs on several processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vitregs import backbones, results
+from vitregs.pretrain import cards, feeds, history, loop, meter, objectives, schedules, scores
+from vitregs.pretrain.recipe import Recipe
+from vitregs.pretrain.recipes import recipe
+from vitregs.problems import Problem
+
+CPU = torch.device("cpu")
+SMALL = {"size": "femto", "image_size": 32, "steps": 24, "batch": 8, "warmup": 4, "lr": 2e-3, "precision": "fp32"}
+OBJECTIVES = ("supervised", "clip", "mae", "dino", "dinov2")
+OWN: dict[str, dict[str, object]] = {
+    "supervised": {},
+    "clip": {"text_width": 32, "text_depth": 1, "embed": 16},
+    "mae": {"decoder_width": 32, "decoder_depth": 1},
+    "dino": {"local_size": 16, "prototypes": 64, "hidden": 32, "bottleneck": 16, "freeze_last": 0.0},
+    "dinov2": {
+        "local_size": 16,
+        "prototypes": 64,
+        "patch_prototypes": 64,
+        "hidden": 32,
+        "bottleneck": 16,
+        "freeze_last": 0.0,
+    },
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_watch() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WATCHED": 16, "SCORED": 16, "QUERIES": 16, "BANK": 16}.items():
+            patch.setattr(loop, name, value)
+        patch.setattr(scores, "PROBED", 48)
+        yield
+
+
+def small(objective: str, **changes: object) -> Recipe:
+    return recipe(f"{objective}-pico").override(**{**SMALL, **OWN[objective], "name": f"{objective}-small", **changes})
+
+
+def train(chosen: Recipe, out: Path, **more: object) -> Path | None:
+    more = {"device": "cpu", "every": 8, "report": lambda _line: None, **more}
+    return loop.train(chosen, out=out, **more)
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    a, b = (backbones.read_weights(p / "weights.safetensors") for p in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- every objective
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_it_learns_resumes_exactly_and_loads(
+    objective: str, registers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = small(objective, registers=registers)
+    whole = train(chosen, tmp_path / "zoo" / chosen.name)
+    real, calls = schedules.apply, []
+
+    def apply(*args: object) -> None:
+        calls.append(args[-1])
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schedules, "apply", apply)
+        with pytest.raises(KeyboardInterrupt):
+            train(chosen, tmp_path / "again")
+    assert same_weights(train(chosen, tmp_path / "again"), whole)
+    log = results.load(whole / "history.nc")
+    assert np.isfinite(log["loss"].values[1:]).all()
+    if objective in ("supervised", "mae"):
+        assert log["loss"].values[-1] < 0.9 * log["loss"].values[1]
+    assert log["knn"].notnull().all()
+    assert log["accuracy"].notnull().all() == (objective in ("supervised", "clip"))
+    assert log["sink"].sel(kind="register").notnull().all() == bool(registers)
+    assert (log["kurtosis"] > 1).all()
+    assert log["separation"].notnull().all()  # 256 tokens are enough for the rule
+    monkeypatch.setattr(backbones, "ZOO", tmp_path / "zoo")
+    loaded = backbones.load(chosen.name, device="cpu")
+    assert (loaded.registers, loaded.size) == (registers, (32, 32))
+    card = json.loads((whole / "recipe.json").read_text())
+    assert card["recipe"]["objective"] == objective
+    assert card["linear"].keys() == card["linear_untrained"].keys() == {"colour", "shape"}
+    assert (whole / "README.md").read_text() == cards.describe(card, log)
+    assert f"| objective | {objective} |" in (whole / "README.md").read_text()
+
+
+@pytest.mark.parametrize("objective", ["clip", "dino", "dinov2"])
+def test_the_loss_falls_on_what_is_seen_again(objective: str) -> None:
+    """On one batch with the same views; the teacher's centre and momentum stand still, so that the goal does not move."""
+    chosen = small(objective)
+    feed = feeds.make(chosen, CPU)
+    learner = objectives.learner(chosen, feed)
+    batch = feed.take(0, captions=learner.captions)
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for _ in range(30):
+        if hasattr(learner, "loss"):
+            learner.loss.center.zero_()
+        torch.manual_seed(0)
+        loss = learner(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bfloat16_trains_too(objective: str, tmp_path: Path) -> None:
+    out = train(small(objective, precision="bf16", steps=3), tmp_path / "run")
+    assert np.isfinite(results.load(out / "history.nc")["loss"].values[1:]).all()
+
+
+def test_drop_path_leaves_the_teacher_alone(tmp_path: Path) -> None:
+    """Resumption with random depth: the same draws in every step, a teacher that never drops."""
+    chosen = small("dino", drop_path=0.3, steps=6)
+    learner = objectives.learner(chosen, feeds.make(chosen, CPU))
+    assert learner.training
+    assert not learner.teacher.training
+    whole = train(chosen, tmp_path / "one", every=100)
+    assert train(chosen, tmp_path / "two", minutes=1e-9) is None
+    assert same_weights(train(chosen, tmp_path / "two", every=100), whole)
+
+
+# --- several processes
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from vitregs.pretrain import loop, recipe, recipes, scores
+loop.WATCHED, loop.SCORED, loop.QUERIES, loop.BANK, scores.PROBED = 16, 16, 16, 16, 48
+chosen = recipe.parse(recipes.recipe(sys.argv[2]), sys.argv[3:]).override(name="run")
+print("gave", loop.train(chosen, out=Path(sys.argv[1]), device="cpu", every=8))
+"""
+
+
+@pytest.mark.parametrize("objective", ["supervised", "clip"])
+def test_two_processes_give_the_losses_of_one(objective: str, tmp_path: Path) -> None:
+    """Same batch, cut in two; CLIP's captions are told apart across both. Sums in another order differ in the last digits."""
+    words = ["size=femto", "image_size=32", "steps=8", "batch=8", "warmup=2", "precision=fp32"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    for count in (1, 2):
+        start = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        command = [sys.executable, *start, str(script), str(tmp_path / f"out{count}"), f"{objective}-pico", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("gave") == count
+        assert done.stdout.count("step 8/8") == 1  # one of them speaks
+    one, two = (results.load(tmp_path / f"out{n}" / "history.nc") for n in (1, 2))
+    np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-4)
+    np.testing.assert_allclose(one["median"], two["median"], rtol=1e-3)
+
+
+def test_a_batch_that_does_not_divide() -> None:
+    assert feeds.rows(8, 1, 4) == slice(2, 4)
+    with pytest.raises(Problem, match="batch 9 is not a multiple of the 2 processes"):
+        feeds.rows(9, 0, 2)
+
+
+def test_processes_share_the_batch_of_one() -> None:
+    feed = feeds.make(small("supervised"), CPU)
+    whole = feed.take(3).pixels
+    assert torch.equal(torch.cat([feed.take(3, rank=r, world=4).pixels for r in range(4)]), whole)
+
+
+# --- measuring while training
+
+
+def test_the_rule_of_the_hunt() -> None:
+    """Both conditions, in one block other than the stem."""
+
+    def log(top1: list[float], separation: list[float]) -> object:
+        names = {"top1": top1, "separation": separation, "share": [0.02] * len(top1)}
+        import xarray as xr
+
+        return xr.Dataset(
+            {k: (("step", "layer"), np.array([v], np.float32)) for k, v in names.items()},
+            coords={"layer": range(len(top1))},
+        )
+
+    assert history.emerged(log([1, 4.0, 1], [0, 3.0, 0]))
+    assert not history.emerged(log([1, 3.9, 1], [0, 9, 0]))
+    assert not history.emerged(log([1, 9, 1], [0, 2.9, 0]))
+    assert not history.emerged(log([1, 9, 1], [0, 0, 9]))  # in different blocks
+    assert not history.emerged(log([9, 1, 1], [9, 0, 0]))  # the stem
+    assert not history.emerged(log([1, 9, 1], [np.nan] * 3))
+    assert history.strongest(log([9, 1.5, 1.2], [9, 0, 0]))["layer"] == 1
+    assert history.strongest(log([1, 5, 4.5], [0, 1, 4])) == pytest.approx(
+        {"layer": 2, "top1": 4.5, "separation": 4, "share": 0.02}
+    )
+
+
+def test_planted_outliers_are_seen_while_training() -> None:
+    """A network whose third block writes a large vector on two patches of each picture."""
+    chosen = small("supervised", image_size=64)
+    learner = objectives.learner(chosen, feeds.make(chosen, CPU))
+    backbone = loop.snapshot(chosen, learner.vit)
+    pixels = feeds.make(chosen, CPU).held(16).pixels
+    plain = history.look(backbone, pixels)
+
+    def write(_module: object, _x: object, y: torch.Tensor) -> torch.Tensor:
+        y = y.clone()
+        y[:, 1 + torch.tensor([3, 40]), :2] += 60
+        return y
+
+    backbone.net.blocks[2].register_forward_hook(write)
+    found = history.look(backbone, pixels)
+    for name in ("top1", "kurtosis", "separation", "share"):
+        assert found[name][:3] == plain[name][:3]
+    assert min(found["top1"][3:]) > 4
+    assert min(found["separation"][3:]) > 3
+    assert found["share"][3] == pytest.approx(2 / 64, abs=0.005)
+    assert found["kurtosis"][3] > 1.2 * plain["kurtosis"][3]  # two of 32 channels
+
+
+def test_kurtosis_by_hand() -> None:
+    chosen = small("supervised")
+    learner = objectives.learner(chosen, feeds.make(chosen, CPU))
+    backbone = loop.snapshot(chosen, learner.vit)
+    pixels = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        net = backbone.net
+        x = net._pos_embed(net.patch_embed((pixels - 0.42) / 0.25))[:, 1:].flatten(0, 1).double().numpy()
+    z = (x - x.mean(0)) / x.std(0, ddof=1)
+    assert history.look(backbone, pixels)["kurtosis"][0] == pytest.approx((z**4).mean(), rel=1e-3)
+
+
+def test_knn_on_planted_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = feeds.make(small("supervised"), CPU).held(200)
+    bank, queries = held.split(0.5)
+    assert (len(bank), len(queries)) == (100, 100)
+    chosen = small("supervised")
+    backbone = loop.snapshot(chosen, objectives.learner(chosen, feeds.make(chosen, CPU)).vit)
+    known = {id(bank.pixels): bank.label, id(queries.pixels): queries.label}
+    hot = torch.eye(64)
+    monkeypatch.setattr(scores, "features", lambda _b, pixels: hot[known.get(id(pixels), bank.label)])
+    there = torch.isin(queries.label, bank.label)
+    assert scores.knn(backbone, bank, queries, 1) >= float(there.float().mean())
+    blind = feeds.Batch(bank.pixels, torch.full((100,), -1), torch.zeros_like(bank.labels))
+    assert np.isnan(scores.knn(backbone, blind, queries))
+
+
+def test_a_linear_classifier_finds_what_is_there_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    label = torch.arange(400) % 4
+    x = torch.randn(400, 10)
+    assert (scores.linear(x[:300], label[:300], x[300:]) == label[300:]).float().mean() < 0.45
+    x[:, :4] += 6 * torch.eye(4)[label]
+    assert (scores.linear(x[:300], label[:300], x[300:]) == label[300:]).float().mean() > 0.97
+
+
+def test_operations_are_counted_on_a_copy() -> None:
+    """Against the count by hand: forward and backward of all matrix products are three times the forward."""
+    chosen = small("supervised")
+    feed = feeds.make(chosen, CPU)
+    learner = objectives.learner(chosen, feed)
+    before = {k: v.clone() for k, v in learner.state_dict().items()}
+    few = feed.held(4)
+    found = meter.operations(learner, lambda twin: twin(few), 4)
+    assert all(torch.equal(before[k], v) for k, v in learner.state_dict().items())
+    assert all(p.grad is None for p in learner.parameters())
+    tokens, width, depth = 17, 32, 8
+    blocks = depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    stem, head = 2 * 16 * width * 3 * 64, 2 * width * 64
+    assert found == pytest.approx(3 * (blocks + head) + 2 * stem, rel=0.05)  # pixels need no gradient
+
+
+def test_the_meter() -> None:
+    assert meter.peak(CPU, torch.float32) > 1e9
+    bar = meter.Bar("x", 0, 10, 4, 2e9, 1e12, False)
+    for _ in range(3):
+        bar.advance(0.5)
+    bar.pause()
+    assert bar.rate() > 0
+    assert bar.utilisation() == pytest.approx(bar.rate() * 2e9 / 1e12, rel=0.5)
+    bar.close()
+
+
+# --- large weights come in pieces
+
+
+def test_weights_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "LARGEST", "100KB")
+    chosen = small("supervised", steps=1)
+    out = train(chosen, tmp_path / "zoo" / chosen.name)
+    pieces = cards.files(out)
+    assert len(pieces) > 2
+    assert max(p.stat().st_size for p in pieces) < 120_000
+    monkeypatch.setattr(backbones, "ZOO", tmp_path / "zoo")
+    loaded = backbones.load(chosen.name, device="cpu").net.state_dict()
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["learner"]
+    assert all(torch.equal(loaded[k.removeprefix("vit.")], v) for k, v in state.items())
+    pieces[1].unlink()
+    with pytest.raises(Problem, match="does not have the hash in its recipe"):
+        backbones.load(chosen.name, device="cpu")
+    monkeypatch.setattr(cards, "LARGEST", "16MB")
+    train(chosen, out)
+    assert [p.name for p in cards.files(out)] == ["weights.safetensors"]
