@@ -30,13 +30,13 @@ _ALL = [
         "dinov2-pico", "", DinoV2(**FEW, patch_prototypes=256), steps=1500, warmup=200, weight_decay=0.04,
         weight_decay_end=0.2, precision=CPU,
     ),
-    # The hunt on a CPU: one shape in three widths, and one run of sixty thousand steps.
+    # The hunt on a CPU: one shape in three widths, and one run of forty thousand steps.
     *(
-        Recipe(f"hunt-{size}", "", size=size, steps=10_000, batch=8, difficulty=REDUNDANT, precision=CPU)
+        Recipe(f"hunt-{size}", "", size=size, steps=6000, batch=8, difficulty=REDUNDANT, precision=CPU)
         for size in ("femto", "nano", "pico")
     ),
     Recipe(
-        "hunt-long", "", size="nano", steps=60_000, batch=8, lr=2e-3, weight_decay=0.5, warmup=1000,
+        "hunt-long", "", size="nano", steps=40_000, batch=8, lr=2e-3, weight_decay=0.5, warmup=1000,
         difficulty=REDUNDANT, precision=CPU,
     ),
     # Real pictures.
