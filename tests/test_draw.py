@@ -12,7 +12,7 @@ from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 from scipy.integrate import trapezoid
 
-from vitregs import artifacts, draw, results
+from vitregs import artifacts, canvas, draw, draw_training, results
 from vitregs.cutoffs import Cutoff
 from vitregs.diagnose import Diagnosis
 
@@ -152,7 +152,7 @@ def history(steps: int = 40, seed: int = 0) -> xr.Dataset:
 @pytest.mark.parametrize(("count", "layer", "named"), [(1, -1, 2), (2, 1, 1)])
 def test_training(count: int, layer: int, named: int):
     logs = {f"model {i}": history(seed=i) for i in range(count)}
-    figure = draw.training(logs, layer)
+    figure = draw_training.training(logs, layer)
     axes = panels(figure)
     assert len(axes) == 2 * count
     for top, below, (name, log) in zip(axes[:count], axes[count:], logs.items(), strict=True):
@@ -343,7 +343,7 @@ def test_diagnosis_adds_maps_of_the_first_pictures():
 
 
 def test_note():
-    (axis,) = panels(draw.note("no registers here"))
+    (axis,) = panels(canvas.note("no registers here"))
     assert [text.get_text() for text in axis.texts] == ["no registers here"]
 
 
@@ -363,12 +363,12 @@ def test_heads(count: int):
 def test_figures_are_closed():
     """A figure that stays open would be shown twice in a notebook."""
     before = plt.get_fignums()
-    draw.note("once")
+    canvas.note("once")
     draw.occupancy({"m": xr.DataArray(np.zeros((ROWS, COLUMNS)), dims=("y", "x"))})
     assert plt.get_fignums() == before
 
 
 def test_style_stays_inside():
     before = dict(plt.rcParams)
-    draw.note("once")
+    canvas.note("once")
     assert dict(plt.rcParams) == before

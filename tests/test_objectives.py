@@ -406,6 +406,28 @@ def test_each_picture_has_draws_of_its_own(kind: str) -> None:
     assert (torch.cdist(flat, flat) + torch.eye(8) * 9 > 1e-3).all()
 
 
+def test_kornia_does_what_torchvision_does() -> None:
+    """One of kornia's two colour jitters adds to the brightness, so that crops come out black or white; ours multiplies."""
+    import kornia.augmentation as K
+    from torchvision.transforms.v2 import functional as V
+
+    x = scenes.render(2, 32, seed=4).pixels
+    jitter = type(augment.ThreeAugment(32).jitter)
+    by_hand = [
+        V.adjust_brightness(x, 1.3),
+        V.adjust_contrast(x, 0.7),
+        V.adjust_saturation(x, 1.4),
+        V.adjust_hue(x, 0.05),
+    ]
+    settings = [((1.3, 1.3), 0, 0, 0), (0, (0.7, 0.7), 0, 0), (0, 0, (1.4, 1.4), 0), (0, 0, 0, (0.05, 0.05))]
+    for wanted, setting in zip(by_hand, settings, strict=True):
+        assert close(jitter(*setting, p=1.0)(x), wanted, 1e-3)
+    assert close(K.RandomGrayscale(p=1.0)(x), V.rgb_to_grayscale(x, 3), 2e-3)
+    assert close(K.RandomSolarize(0.0, 0.0, p=1.0)(x), V.solarize(x, 0.5), 1e-3)
+    jitters = [m for m in augment.MultiCrop(32, OWN["dino"]).modules() if isinstance(m, K.ColorJitter | K.ColorJiggle)]
+    assert {type(m) for m in jitters} == {jitter}
+
+
 def test_three_augment_is_one_of_three() -> None:
     """Without its crop and jitter, each picture is greyed, solarised or blurred, about a third each."""
     pixels = scenes.render(90, 32, seed=2).pixels

@@ -1,6 +1,7 @@
 """From token norms to outliers: ratios, labels, positions, neighbours. Plain arrays with labels, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,6 +73,22 @@ def by_layer(norms: xr.DataArray, fixed: float | None = None) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+# The rule of the hunt, fixed before any run was made (data/results/LOG.md, 2026-11-25)
+EMERGED_TOP1, EMERGED_SEPARATION = 4.0, 3.0
+
+
+def strongest(layers: pd.DataFrame) -> pd.Series:
+    """The row of `by_layer`'s table that comes nearest to the rule of emergence; the stem (layer 0) is left out."""
+    deep = layers[layers.layer > 0]
+    near = np.minimum(deep.top1 / EMERGED_TOP1, deep.separation.fillna(0) / EMERGED_SEPARATION)
+    return deep.loc[near.idxmax() if near.max() > 0 else deep.top1.idxmax()]
+
+
+def emerged(row: Mapping[Any, Any] | pd.Series) -> bool:
+    """Whether outliers have emerged, by the rule of the hunt: a row of `by_layer`'s table → bool."""
+    return bool(row["top1"] >= EMERGED_TOP1 and row["separation"] >= EMERGED_SEPARATION)
 
 
 CERTAIN_RATIO = 4.0  # a second mode this far above the median norm is an artifact beyond doubt
@@ -157,12 +174,12 @@ def share_by_group(marked: xr.DataArray, group: np.ndarray, names: Sequence[str]
     return pd.DataFrame(rows)
 
 
-def interval(values: ArrayLike, *, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean of per-picture values with a 95 % bootstrap interval: (pictures,) → mean, low, high."""
+def interval(values: ArrayLike, *, draws: int = 2000, of: Callable[..., Any] = np.mean) -> tuple[float, float, float]:
+    """Mean (or `of`) of per-picture values with a 95 % bootstrap interval: (pictures,) → mean, low, high."""
     values = np.asarray(values, float)
     pick = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(values[pick].mean(1), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    low, high = np.quantile(of(values[pick], axis=1), [0.025, 0.975])
+    return float(of(values)), float(low), float(high)
 
 
 def mark(norms: xr.DataArray, cut: Cutoff, share: float) -> tuple[xr.DataArray, str]:

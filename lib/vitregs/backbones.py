@@ -196,6 +196,16 @@ def history(name: str) -> xr.Dataset | None:
     return results.load(ZOO / name / "history.nc") if name in zoo() else None
 
 
+def card(name: str) -> dict[str, Any]:
+    """What a zoo model's card says of its training: name → recipe, scores, provenance. Raises Problem for a broken card."""
+    try:
+        return json.loads((ZOO / name / "recipe.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Problem(
+            f"{ZOO / name / 'recipe.json'} is not a recipe of the zoo: fetch the repository's data again"
+        ) from error
+
+
 def load(name: str, *, weights: str | Path | None = None, device: str = "auto") -> Backbone:
     """Load a ViT by name: zoo name or timm name, a weight file instead of the published one, device → Backbone.
 
@@ -246,11 +256,13 @@ def _from_timm(name: str, file: Path | None) -> Backbone:
 def _from_zoo(name: str, given: Path | None) -> Backbone:
     folder = ZOO / name
     try:
-        card = json.loads((folder / "recipe.json").read_text())
-        net = timm.models.VisionTransformer(**card["vit"])
-        size, mean, std = card["vit"]["img_size"], tuple(card["mean"]), tuple(card["std"])
-        wanted, source = card["weights"], f"zoo, {card['recipe']['objective']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = card(name)
+        net = timm.models.VisionTransformer(**told["vit"])
+        size, mean, std = told["vit"]["img_size"], tuple(told["mean"]), tuple(told["std"])
+        wanted, source = told["weights"], f"zoo, {told['recipe']['objective']}"
+    except Problem:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise Problem(
             f"{folder / 'recipe.json'} is not a recipe of the zoo: fetch the repository's data again"
         ) from error

@@ -27,6 +27,8 @@ from vitregs import backbones, results
 from vitregs import images as pictures
 from vitregs.backbones import Backbone
 from vitregs.images import Images
+from vitregs.pretrain import recipes
+from vitregs.pretrain.recipe import parse
 from vitregs.problems import Problem, unknown
 
 NOTEBOOKS = results.ROOT / "notebooks"
@@ -122,7 +124,7 @@ def parameters(chapter: str) -> dict[str, Parameter]:
 def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Check values against a chapter's parameters: → all parameters, defaults filled in.
 
-    Raises Problem for unknown names, wrong types, values out of range, unknown models, files and folders that do not
+    Raises Problem for unknown names, wrong types, values out of range, unknown models and recipes, files and folders that do not
     exist, folders without pictures, and a device that is not there.
     """
     known = parameters(chapter)
@@ -146,6 +148,8 @@ def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for file in filter(None, files):
         if not Path(file).expanduser().is_file():
             raise Problem(f"no weight file at {file}")
+    for name in [*full.get("recipes", []), *([full["recipe"]] if "recipe" in full else [])]:
+        parse(recipes.recipe(name), full.get("settings", []))
     _check_source(full.get("images", "scenes"))
     if "device" in full:
         backbones.pick_device(full["device"])

@@ -3,62 +3,18 @@
 import textwrap
 from collections.abc import Mapping
 from itertools import cycle
-from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import xarray as xr
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from vitregs.artifacts import patches
+from vitregs.canvas import PALETTE, axes_grid, blank, norm_edges, note, spread
 from vitregs.cutoffs import Cutoff
 from vitregs.diagnose import Diagnosis
 from vitregs.results import KINDS, grid
-
-PALETTE = sns.color_palette("colorblind")
-STYLE: Any = {
-    "figure.dpi": 110,
-    "savefig.facecolor": "white",
-    "figure.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-}
-
-
-def _axes(rows: int, columns: int, width: float, height: float, **more: Any) -> tuple[Figure, np.ndarray]:
-    with mpl.rc_context(STYLE):
-        more = {"layout": "constrained", **more}
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **more)
-    plt.close(figure)  # the caller shows it once
-    return figure, axes
-
-
-def _blank(axis: Axes) -> None:
-    axis.set(xticks=[], yticks=[])
-    axis.grid(False)
-    for side in axis.spines.values():
-        side.set_visible(False)
-
-
-def note(text: str) -> Figure:
-    """A sentence where a figure cannot be drawn: text → Figure."""
-    figure, axes = _axes(1, 1, 5.6, 0.6)
-    _blank(axes[0, 0])
-    axes[0, 0].text(0.5, 0.5, text, ha="center", va="center", transform=axes[0, 0].transAxes)
-    return figure
 
 
 def picture_grid(
@@ -75,7 +31,7 @@ def picture_grid(
     """
     n = len(pictures)
     size = 1.5 * (1 + len(columns)), 1.5 * n + 0.4 + 0.4 * (limits is not None)
-    figure, axes = _axes(n, 1 + len(columns), *size, layout="compressed")
+    figure, axes = axes_grid(n, 1 + len(columns), *size, layout="compressed")
     for i in range(n):
         axes[i, 0].imshow(pictures[i])
         for j, (title, maps) in enumerate(columns.items(), start=1):
@@ -87,7 +43,7 @@ def picture_grid(
                 figure.colorbar(shown, ax=axes[:, j], shrink=0.8, label=label, location="bottom", aspect=14)
     axes[0, 0].set_title("picture")
     for axis in axes.flat:
-        _blank(axis)
+        blank(axis)
     return figure
 
 
@@ -100,7 +56,7 @@ def _narrow(title: str) -> str:
 
 def norm_density(norms: Mapping[str, np.ndarray], cuts: Mapping[str, Cutoff]) -> Figure:
     """Densities of patch norms on a log scale, with the cut-off or its absence in words (Fig 3, 7): {name: norms} → Figure."""
-    figure, axes = _axes(1, len(norms), 3.8 * len(norms), 3.0, sharey=True)
+    figure, axes = axes_grid(1, len(norms), 3.8 * len(norms), 3.0, sharey=True)
     for axis, (name, values), colour in zip(axes[0], norms.items(), cycle(PALETTE), strict=False):
         axis.hist(values.ravel(), bins=80, density=True, log=True, color=colour, alpha=0.8)
         cut = cuts[name]
@@ -118,73 +74,20 @@ def _wrap(text: str) -> str:
 
 def norm_growth(norms: Mapping[str, xr.DataArray]) -> Figure:
     """How patch norms spread over layers (Fig 4a): {name: [image, layer, token]} → Figure; colour is the share of tokens."""
-    figure, axes = _axes(1, len(norms), 4.2 * len(norms), 3.1, sharey=True)
+    figure, axes = axes_grid(1, len(norms), 4.2 * len(norms), 3.1, sharey=True)
     values = {k: patches(v).transpose("layer", "image", "token").values for k, v in norms.items()}
-    edges = _norm_edges(*values.values())
+    edges = norm_edges(*values.values())
     for axis, (name, v) in zip(axes[0], values.items(), strict=True):
         share = np.stack([np.histogram(layer, edges)[0] / layer.size for layer in v])
-        _spread(figure, axis, np.asarray(norms[name]["layer"]), edges, share)
+        spread(figure, axis, np.asarray(norms[name]["layer"]), edges, share)
         axis.set(title=name, xlabel="layer")
     axes[0, 0].set_ylabel("L2 norm of patch tokens")
     return figure
 
 
-def _norm_edges(*values: np.ndarray) -> np.ndarray:
-    """Edges of 69 bins, evenly spaced in log norm, that hold all but the lowest norms."""
-    high = max(v.max() for v in values) * 1.1
-    low = min(np.quantile(v, 0.0005) for v in values) / 1.1
-    return np.geomspace(max(low, high * 1e-6), high, 70)
-
-
-def _spread(figure: Figure, axis: Axes, x: np.ndarray, edges: np.ndarray, share: np.ndarray) -> None:
-    """One two-dimensional histogram with a column for each x; columns are drawn equally wide."""
-    sides = np.arange(len(x) + 1) - 0.5
-    mesh = axis.pcolormesh(
-        sides, edges, np.where(share > 0, share, np.nan).T, cmap="viridis", norm=LogNorm(1e-5, 1), rasterized=True
-    )
-    step = -(-len(x) // 9)
-    axis.set(yscale="log", xticks=np.arange(len(x))[::step], xticklabels=[f"{v:g}" for v in x[::step]])
-    axis.grid(False)
-    bar = figure.colorbar(mesh, ax=axis)
-    bar.set_label("share of tokens", size=8)
-    bar.ax.tick_params(labelsize=7)
-
-
-def training(histories: Mapping[str, xr.Dataset], layer: int) -> Figure:
-    """Patch norms of one layer over training, with accuracy below (Fig 4b): {name: history}, layer (-1: the last) → Figure."""
-    if not histories:
-        return note("no training history: only models of our zoo have one")
-    layer = int(next(iter(histories.values()))["layer"][layer])
-    figure, axes = _axes(2, len(histories), 4.4 * len(histories), 4.6, height_ratios=[2.2, 1], sharey="row")
-    for column, (name, log) in zip(axes.T, histories.items(), strict=True):
-        even = log.isel(step=_evenly(log["step"].values, 24))
-        hist = even["hist"].sel(layer=layer).values
-        centre = log["bin"].values
-        ratio = centre[1] / centre[0]
-        used = np.flatnonzero(hist.sum(0))
-        keep = slice(max(0, used.min() - 2), used.max() + 3)
-        edges = np.append(centre[keep] / ratio**0.5, centre[keep][-1] * ratio**0.5)
-        _spread(figure, column[0], even["step"].values, edges, (hist / hist.sum(1, keepdims=True))[:, keep])
-        column[0].set(title=f"{name}, layer {layer}")
-        column[0].tick_params(axis="x", rotation=45)
-        column[1].plot(log["step"], log["accuracy"], color=PALETTE[0], label="accuracy")
-        column[1].plot(
-            log["step"], log["largest"].sel(layer=layer) / 10, color=PALETTE[1], label="largest / median ÷ 10"
-        )
-        column[1].set(xlabel="training step", ylim=(0, None))
-        column[1].legend()
-    axes[0, 0].set_ylabel("L2 norm of patch tokens")
-    return figure
-
-
-def _evenly(steps: np.ndarray, count: int) -> np.ndarray:
-    """Indices of about `count` steps that lie evenly."""
-    return np.unique(np.abs(steps[:, None] - np.linspace(0, steps.max(), count)).argmin(0))
-
-
 def lines(table: pd.DataFrame, x: str, y: str, group: str, *, labels: tuple[str, str], log: bool = False) -> Figure:
     """Lines of y over x for each group, with a band where the table has low and high: → Figure."""
-    figure, axes = _axes(1, 1, 5.6, 3.1)
+    figure, axes = axes_grid(1, 1, 5.6, 3.1)
     axis = axes[0, 0]
     for (name, rows), colour in zip(table.groupby(group, sort=False), cycle(PALETTE), strict=False):
         axis.plot(rows[x], rows[y], marker="o", ms=3, color=colour, label=str(name))
@@ -199,7 +102,7 @@ def register_norms(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """Norm of each register over blocks: {title: rows with block, register, norm} → Figure, one panel a model."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = _axes(rows, columns, 3.1 * columns, 2.4 * rows)
+    figure, axes = axes_grid(rows, columns, 3.1 * columns, 2.4 * rows)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, table) in zip(axes.flat, panels.items(), strict=False):
@@ -214,7 +117,7 @@ def register_norms(panels: Mapping[str, pd.DataFrame]) -> Figure:
 def similarity(table: pd.DataFrame) -> Figure:
     """Densities of neighbour similarity for each group of patches (Fig 5a): rows model, group, similarity → Figure."""
     models = list(dict.fromkeys(table["model"]))
-    figure, axes = _axes(1, len(models), 3.9 * len(models), 2.9, sharey=True)
+    figure, axes = axes_grid(1, len(models), 3.9 * len(models), 2.9, sharey=True)
     for axis, model in zip(axes[0], models, strict=True):
         part = table[table["model"] == model]
         for (group, rows), colour in zip(part.groupby("group", sort=False), cycle(PALETTE), strict=False):
@@ -229,23 +132,23 @@ def similarity(table: pd.DataFrame) -> Figure:
 
 def occupancy(maps: Mapping[str, xr.DataArray]) -> Figure:
     """Share of pictures in which each position is marked (Fig 10): {title: [y, x]} → Figure."""
-    figure, axes = _axes(1, len(maps), 3.0 * len(maps), 2.7)
+    figure, axes = axes_grid(1, len(maps), 3.0 * len(maps), 2.7)
     for axis, (title, values) in zip(axes[0], maps.items(), strict=True):
         shown = axis.imshow(100 * values, cmap="viridis", vmin=0)
         figure.colorbar(shown, ax=axis, label="% of pictures", shrink=0.8)
         axis.set_title(title.replace(": ", ":\n"))
-        _blank(axis)
+        blank(axis)
     return figure
 
 
 def gradients(vectors: Mapping[str, np.ndarray]) -> Figure:
     """Gradients of a resize in two dimensions (Fig 11): {title: 1-D gradient} → Figure of their outer products."""
-    figure, axes = _axes(1, len(vectors), 2.9 * len(vectors), 2.7)
+    figure, axes = axes_grid(1, len(vectors), 2.9 * len(vectors), 2.7)
     top = max(np.outer(v, v).max() for v in vectors.values())
     for axis, (title, g) in zip(axes[0], vectors.items(), strict=True):
         shown = axis.imshow(np.outer(g, g), cmap="coolwarm", vmin=-top, vmax=top)
         axis.set_title(title)
-        _blank(axis)
+        blank(axis)
     figure.colorbar(shown, ax=axes[0, :], label="gradient", shrink=0.8)
     return figure
 
@@ -254,7 +157,7 @@ def shares(table: pd.DataFrame, *, label: str) -> Figure:
     """Shares with intervals for groups of patches: rows model, group, share, low, high → Figure."""
     if table.empty:
         return note("not all of these pictures have masks of objects")
-    figure, axes = _axes(1, 1, 6.2, 2.9)
+    figure, axes = axes_grid(1, 1, 6.2, 2.9)
     axis = axes[0, 0]
     models, groups = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["group"]))
     wide = 0.8 / len(groups)
@@ -270,9 +173,13 @@ def shares(table: pd.DataFrame, *, label: str) -> Figure:
 
 
 def token_strip(norms: Mapping[str, xr.DataArray]) -> Figure:
-    """Norms by kind of token at one layer (Fig 7, 15): {name: [image, token]} → Figure."""
-    figure, axes = _axes(1, len(norms), 3.9 * len(norms), 2.9, sharey=True)
-    for axis, (name, values) in zip(axes[0], norms.items(), strict=True):
+    """Norms by kind of token at one layer (Fig 7, 15): {name: [image, token]} → Figure; two models a row share their scale."""
+    columns = min(2, len(norms))
+    rows = -(-len(norms) // columns)
+    figure, axes = axes_grid(rows, columns, 3.9 * columns, 2.6 * rows + 0.3, sharey="row")
+    for axis in axes.flat[len(norms) :]:
+        axis.set_visible(False)
+    for axis, (name, values) in zip(axes.flat, norms.items(), strict=False):
         label = np.where(values["kind"] == "patch", "patch", values["label"])
         groups = list(dict.fromkeys(label))
         rng = np.random.default_rng(0)
@@ -284,19 +191,20 @@ def token_strip(norms: Mapping[str, xr.DataArray]) -> Figure:
                 i + rng.uniform(-0.3, 0.3, len(v)), v, ".", ms=1.5, alpha=0.4, color=PALETTE[kind], rasterized=True
             )
         axis.set(title=name, xticks=range(len(groups)), xticklabels=groups)
-    axes[0, 0].set_ylabel("L2 norm")
+    for line in axes:
+        line[0].set_ylabel("L2 norm")
     return figure
 
 
 def diagnosis(found: Diagnosis) -> Figure:
     """Norms over layers, their density at the deciding layer, and maps of the first pictures: a Diagnosis → Figure."""
     assert found.norms is not None
-    figure, axes = _axes(1, 2, 9.4, 3.2)
+    figure, axes = axes_grid(1, 2, 9.4, 3.2)
     norms, at = found.norms, found.norms.sel(layer=found.layer)
     values = patches(norms).transpose("layer", "image", "token").values
-    edges = _norm_edges(values)
+    edges = norm_edges(values)
     share = np.stack([np.histogram(v, edges)[0] / v.size for v in values])
-    _spread(figure, axes[0, 0], np.asarray(norms["layer"]), edges, share)
+    spread(figure, axes[0, 0], np.asarray(norms["layer"]), edges, share)
     axes[0, 0].set(title=found.model, xlabel="layer", ylabel="L2 norm of patch tokens")
     axis = axes[0, 1]
     axis.hist(patches(at).values.ravel(), bins=80, density=True, log=True, color=PALETTE[0])
@@ -329,7 +237,7 @@ def _add_maps(figure: Figure, found: Diagnosis, norms: np.ndarray) -> None:
             axis = figure.add_subplot(strip[i * len(kinds) + j])
             axis.imshow(maps[i], cmap=colours, interpolation="nearest")
             axis.set_title(title, fontsize=8)
-            _blank(axis)
+            blank(axis)
 
 
 def heads(picture: np.ndarray, maps: np.ndarray, masked: np.ndarray) -> Figure:
@@ -339,9 +247,9 @@ def heads(picture: np.ndarray, maps: np.ndarray, masked: np.ndarray) -> Figure:
     panels += [(None, "")] * (-len(panels) % columns)
     panels += [(None, ""), *((m, f"head {h + 1}, 60 %") for h, m in enumerate(masked))]
     rows = -(-len(panels) // columns)
-    figure, axes = _axes(rows, columns, 1.55 * columns, 1.75 * rows, layout="compressed")
+    figure, axes = axes_grid(rows, columns, 1.55 * columns, 1.75 * rows, layout="compressed")
     for axis in axes.flat:
-        _blank(axis)
+        blank(axis)
     for axis, (values, title) in zip(axes.flat, panels, strict=False):
         if values is not None:
             axis.imshow(values, cmap="inferno", interpolation="nearest")

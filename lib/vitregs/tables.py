@@ -1,13 +1,13 @@
 """What the chapters print and draw as tables: measured arrays of several models in, data frames out."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from vitregs import artifacts, published
+from vitregs import artifacts, backbones, published
 
 GROUPS = ("background", "object", "border")
 Mark = tuple[xr.DataArray, str]
@@ -90,6 +90,69 @@ def training(histories: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "steps", "accuracy", "top-1% ratio", "attention sink"])
 
 
+def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | None]) -> pd.DataFrame:
+    """Every model by the rule of the hunt: {model: [image, layer, token]}, {model: background share (pictures, patches) or
+    None} → rows: strongest layer, its top-1-% ratio with a 95 % interval, separation, outliers in per cent of the patches
+    on pure background and of all others, and whether this is the paper's artifact (Fig 7).
+    """
+    rows = []
+    for name, a in norms.items():
+        best = artifacts.strongest(artifacts.by_layer(a))
+        at = a.sel(layer=int(best.layer))
+        middle, low, high = artifacts.interval(artifacts.top_ratio(a).sel(layer=int(best.layer)), of=np.median)
+        there = artifacts.emerged(best)
+        row = {
+            "model": name,
+            "layer": f"{best.layer:.0f} of {int(a['layer'].max())}",
+            "top-1% / median": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+            "separation": round(float(best.separation), 1),
+            "2nd mode, %": round(100 * float(best.share), 1),
+            "emerged": "yes" if there else "no",
+            "on background, %": "",
+            "elsewhere, %": "",
+            "the paper's artifact": "?" if there else "no",
+        }
+        ground = grounds[name]
+        if there and ground is not None:
+            marked, _ = artifacts.mark(at, artifacts.cutoff(at), float(best.share))
+            part = artifacts.share_by_group(marked, np.where(ground == 1, 0, 1), ("background", "rest")).set_index(
+                "group"
+            )
+            for group, column in (("background", "on background, %"), ("rest", "elsewhere, %")):
+                share, low, high = 100 * part.loc[group, ["share", "low", "high"]].astype(float)
+                row[column] = f"{share:.1f} [{low:.1f}, {high:.1f}]"
+            row["the paper's artifact"] = "yes" if part.loc["background", "low"] > part.loc["rest", "high"] else "no"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def sizes(norms: Mapping[str, xr.DataArray], weights: Mapping[str, int]) -> dict[str, xr.DataArray]:
+    """Label models by their size, smallest first: {model: [image, layer, token]}, {model: weights} → {label: last layer}."""
+    order = sorted(norms, key=lambda name: weights[name])
+    return {f"{name}\n{weights[name] / 1e6:.2f} M": norms[name].isel(layer=-1) for name in order}
+
+
+def emergence(histories: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """Largest top-1-% ratio over training and when, at any layer but the stem: {model: history} → a row a model (Fig 4b)."""
+    rows = []
+    for name, h in histories.items():
+        top = h["top1"].isel(layer=slice(1, None)).max("layer")
+        peak = int(top.argmax("step"))
+        sink = h["sink"].sel(kind="patch").max("block")
+        early = sink["step"].values[(sink >= 10).values]
+        rows.append(
+            {
+                "model": name,
+                "steps": int(h["step"][-1]),
+                "largest top-1% ratio": float(top[peak]),
+                "at step": int(h["step"][peak]),
+                "at the end": float(top[-1]),
+                "first sink of 10 shares": int(early[0]) if len(early) else "never",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def similarity(found: Mapping[str, xr.DataArray], marks: Mapping[str, Mark]) -> pd.DataFrame:
     """Neighbour similarity of marked and other patches: {model: [image, token]}, {model: (marks, what they are)} → a row for
     each patch (Fig 5a)."""
@@ -132,3 +195,43 @@ def registers(means: Mapping[str, xr.DataArray]) -> dict[str, pd.DataFrame]:
             norm = ((mean**2).sum("channel") ** 0.5).to_dataframe("norm").reset_index()
             panels[f"{name} (ours)"] = norm.rename(columns={"label": "register", "layer": "block"})
     return panels
+
+
+def pairs(names: Sequence[str]) -> dict[str, dict[str, xr.Dataset]]:
+    """Histories of zoo models and of the same with four registers: names → {name: {label: history}}; absent ones are left out."""
+    found = {}
+    for name in names:
+        logs = {"no registers": backbones.history(name), "4 registers": backbones.history(f"{name}-reg4")}
+        there = {k: v for k, v in logs.items() if v is not None}
+        if there:
+            found[name] = there
+    return found
+
+
+def zoo(names: Sequence[str]) -> pd.DataFrame:
+    """Scores of zoo models and of the same with four registers, from their cards: names → a row a model (Table 2, in small).
+
+    Linear scores are trained / untrained; a dash where a card has none.
+    """
+    rows = []
+    for name in [full for n in names for full in (n, f"{n}-reg4")]:
+        if name in backbones.zoo():
+            card = backbones.card(name)
+            asked = {k: f"{v:.2f} / {card['linear_untrained'][k]:.2f}" for k, v in card.get("linear", {}).items()}
+            accuracy = card["accuracy"]
+            rows.append(
+                {
+                    "model": name,
+                    "registers": card["recipe"]["registers"],
+                    "minutes": round(card["minutes"]),
+                    "head or zero-shot": "–" if accuracy is None or np.isnan(accuracy) else f"{accuracy:.2f}",
+                    **{f"linear, {k}": v for k, v in asked.items()},
+                }
+            )
+    return pd.DataFrame(rows).fillna("–")
+
+
+def settings(facts: Mapping[str, object]) -> pd.DataFrame:
+    """A recipe as a table: its facts → a row a setting."""
+    shown = {k: v for k, v in facts.items() if not isinstance(v, dict)}
+    return pd.DataFrame({"setting": list(shown), "value": [str(v) for v in shown.values()]})

@@ -43,7 +43,7 @@ class ThreeAugment(nn.Module):
         self.three = nn.ModuleList(
             [K.RandomGrayscale(p=1.0), K.RandomSolarize(0.0, 0.0, p=1.0), K.RandomGaussianBlur(BLUR, (0.1, 2.0), p=1.0)]
         )
-        self.jitter = K.ColorJiggle(0.3, 0.3, 0.3, p=1.0)
+        self.jitter = K.ColorJitter(0.3, 0.3, 0.3, p=1.0)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class MultiCrop(nn.Module):
             return nn.Sequential(
                 _crop(side, scale),
                 K.RandomHorizontalFlip(p=0.5),
-                K.ColorJiggle(0.4, 0.4, 0.2, 0.1, p=0.8),
+                K.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
                 K.RandomGrayscale(p=0.2),
                 K.RandomGaussianBlur(BLUR, (0.1, 2.0), p=blur),
                 *([K.RandomSolarize(0.0, 0.0, p=solarise)] if solarise else []),

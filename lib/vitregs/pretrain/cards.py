@@ -91,7 +91,7 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
         },
         "head or zero-shot accuracy": _number(card["accuracy"]),
         "share of the time spent watching": f"{_watching(log):.3f}",
-        "top-1 % / median norm": f"{best['top1']:.2f} (layer {best['layer']}), separation {_number(best['separation'])}",
+        "top-1 % / median norm": f"{best['top1']:.2f} (layer {best['layer']:.0f}), separation {_number(best['separation'])}",
         "outliers by the rule of the hunt": "emerged" if history.emerged(log) else "not emerged",
         "weights, SHA-256": card["weights"],
         "code, commit, date": ", ".join(str(card["provenance"].get(k, "")) for k in ("code", "commit", "date")),

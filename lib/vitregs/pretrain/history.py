@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
@@ -13,8 +14,6 @@ from vitregs.backbones import Backbone
 EDGES = np.logspace(-1, 4, 201)  # of the norm histograms
 KINDS = ("cls", "register", "patch")
 BY_LAYER = ("median", "largest", "top1", "kurtosis", "share", "separation", "ratio")
-# The rule of the hunt, fixed before any run (data/results/LOG.md, 2026-11-25): in some block, typical picture
-EMERGED_TOP1, EMERGED_SEPARATION = 4.0, 3.0
 
 
 def due(step: int, steps: int, every: int) -> bool:
@@ -88,25 +87,16 @@ def dataset(records: list[dict[str, Any]]) -> xr.Dataset:
     )
 
 
-def strongest(log: xr.Dataset, step: int = -1) -> dict[str, float]:
-    """The layer that comes nearest to the rule of emergence at one look (default the last): → layer, top1, separation, share.
-
-    Layer 0 is left out: bright or busy patches are not the network's doing.
-    """
-    at = log.isel(step=step, layer=slice(1, None))
-    top = at["top1"].values
-    separation = at["separation"].values if "separation" in log else np.full_like(top, np.nan)
-    near = np.minimum(top / EMERGED_TOP1, np.nan_to_num(separation) / EMERGED_SEPARATION)
-    best = int(near.argmax()) if near.max() > 0 else int(top.argmax())
-    return {
-        "layer": int(at["layer"][best]),
-        "top1": float(top[best]),
-        "separation": float(separation[best]),
-        "share": float(at["share"][best]) if "share" in log else float("nan"),
-    }
+def strongest(log: xr.Dataset, step: int = -1) -> pd.Series:
+    """The layer that comes nearest to the rule of emergence at one look (default the last): → layer, top1, separation, share."""
+    at = log.isel(step=step)
+    missing = np.full(at.sizes["layer"], np.nan)  # the first runs kept less
+    names = ("top1", "separation", "share")
+    return artifacts.strongest(
+        pd.DataFrame({"layer": at["layer"].values, **{k: at[k].values if k in at else missing for k in names}})
+    )
 
 
 def emerged(log: xr.Dataset, step: int = -1) -> bool:
     """Whether outliers have emerged in a run, by the rule of the hunt, at one look (default the last)."""
-    best = strongest(log, step)
-    return best["top1"] >= EMERGED_TOP1 and best["separation"] >= EMERGED_SEPARATION
+    return artifacts.emerged(strongest(log, step))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xarray as xr
 from torch import nn
 
 from vitregs import backbones, results
@@ -40,14 +41,17 @@ def train(
     compiled: bool | None = None,
     every: int | None = None,
     minutes: float | None = None,
+    final: bool = True,
     report: Callable[[str], None] = print,
+    follow: Callable[[xr.Dataset], None] | None = None,
 ) -> Path | None:
     """Train a recipe: where to keep checkpoints and the result, device → folder with weights, recipe, history and card.
 
-    `images` says where the pictures of `recipe.data` lie, `count` how many of them are used. With `minutes` the run stops
-    in time, with a checkpoint, and gives None, as do all processes but the first. Raises Problem for a checkpoint of
-    another recipe, too little memory on the device, data that do not fit, or a disk that cannot be written; the last
-    checkpoint survives.
+    `images` says where the pictures of `recipe.data` lie, `count` how many of them are used. `report` hears a line and
+    `follow` sees the history whenever the network is looked at. With `minutes` the run stops in time, with a checkpoint,
+    and gives None, as do all processes but the first. `final` adds linear scores at the end. Raises Problem for a
+    checkpoint of another recipe, too little memory on the device, data that do not fit, or a disk that cannot be written;
+    the last checkpoint survives.
     """
     begun = time.monotonic()
     rank, world, target = _place(device)
@@ -91,6 +95,8 @@ def train(
                     records.append({**looked, "seconds": time.monotonic() - clock})
                     _save(stamp, file, learner, optimizer, step, records, time.monotonic() - clock, 0.0, 0)
                     report(line(recipe, records, bar.utilisation()))
+                    if follow:
+                        follow(history.dataset(records))
                 else:
                     records.append({"step": step})
                 bar.go()
@@ -129,15 +135,15 @@ def train(
         bar.close()
     done = None
     if rank == 0:
-        fresh = objectives.learner(recipe, feed).to(target)
-        linear = [scores.final(snapshot(recipe, net.eval()), feed) for net in (learner.published, fresh.published)]
         facts: dict[str, Any] = {
             "images_per_second": bar.rate(),
             "utilisation": bar.utilisation(),
             "gflop_per_image": flop / 1e9,
-            "linear": linear[0],
-            "linear_untrained": linear[1],
         }
+        if final:
+            fresh = objectives.learner(recipe, feed).to(target)
+            for name, net in (("linear", learner.published), ("linear_untrained", fresh.published)):
+                facts[name] = scores.final(snapshot(recipe, net.eval()), feed)
         if isinstance(feed, feeds.PictureFeed):
             facts |= {"pictures": feed.trained, "fingerprint": feed.fingerprint}
         done = cards.publish(recipe, learner.published, records, out, origin, facts)

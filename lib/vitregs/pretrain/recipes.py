@@ -10,7 +10,7 @@ from vitregs.scenes import Difficulty
 
 REDUNDANT = Difficulty(objects=(1, 3), radius=0.2, backgrounds=("flat", "gradient", "noise"))  # most patches repeat
 CPU = "fp32"  # bf16 costs more than it saves below width 192
-FEW: Any = {"local_crops": 2, "prototypes": 256, "momentum": 0.99}  # what 1,500 steps of 16 pictures can bear
+FEW: Any = {"local_crops": 2, "prototypes": 256, "momentum": 0.99}  # what 1,000 steps of 16 pictures can bear
 
 _ALL = [
     # The first pair of the project. Its registers started 1e-6 apart, as published, and hardly grew apart.
@@ -25,9 +25,9 @@ _ALL = [
         "clip-pico", "", Clip(), patch_norm=True, steps=3000, batch=32, warmup=300, beta2=0.98, precision=CPU
     ),
     Recipe("mae-pico", "", Mae(), steps=3000, batch=64, warmup=300, weight_decay=0.05, precision=CPU),
-    Recipe("dino-pico", "", Dino(**FEW), steps=1500, warmup=200, weight_decay=0.04, weight_decay_end=0.4, precision=CPU),
+    Recipe("dino-pico", "", Dino(**FEW), steps=1000, warmup=150, weight_decay=0.04, weight_decay_end=0.4, precision=CPU),
     Recipe(
-        "dinov2-pico", "", DinoV2(**FEW, patch_prototypes=256), steps=1500, warmup=200, weight_decay=0.04,
+        "dinov2-pico", "", DinoV2(**FEW, patch_prototypes=256), steps=1000, warmup=150, weight_decay=0.04,
         weight_decay_end=0.2, precision=CPU,
     ),
     # The hunt on a CPU: one shape in three widths, and one run of forty thousand steps.
@@ -41,7 +41,7 @@ _ALL = [
     ),
     # Real pictures.
     Recipe(
-        "tinyimagenet-pico", "", Supervised("ce", 0.1), data="zh-plus/tiny-imagenet", augment=True, steps=3000, batch=32,
+        "tinyimagenet-pico", "", Supervised("ce", 0.1), data="zh-plus/tiny-imagenet", augment=True, steps=2500, batch=32,
         weight_decay=0.05, precision=CPU,
     ),
     # For one GPU: 256 tokens, depth 12, as many steps as ten minutes hold.
