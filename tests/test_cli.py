@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from vitregs import backbones, chapters, draw, results
 from vitregs.cli import main
-from vitregs.pretrain import loop, supervised
+from vitregs.pretrain import loop, schedules, scores
 
 PICO = "supervised-pico"
 WEIGHTS = backbones.ZOO / PICO / "weights.safetensors"
@@ -113,6 +113,12 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("train supervised-pico stepz=3", "did you mean 'steps'?"),
         ("train supervised-pico steps=many", "steps takes int, not 'many'"),
         ("train supervised-pico image_size=33", "image size 33 is not a multiple of the patch size 8"),
+        ("train clip-pico images=x", "unknown recipe setting 'images'"),
+        ("train clip-pico --images ./nowhere", "no folder or file nowhere"),
+        ("train dinov2-pico image_size=16 local_size=8", "of 4 patches is none"),
+        ("train mae-pico masked=1", "masked must leave some of 64 patches visible"),
+        ("train mae-pico-reg", "did you mean 'mae-pico'?"),
+        ("train mae-pico --minutes many", "invalid float value: 'many'"),
         ("train supervised-pico steps=1 --device cdua", "device 'cdua' is not available"),
     ],
 )
@@ -162,7 +168,8 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines][:2] == [PICO, f"{PICO}-reg4"]
+    assert [line.split()[0] for line in lines if line][:2] == [PICO, "clip-pico"]
+    assert "--list" in lines[-1]
 
 
 def test_a_reader_who_has_seen_enough() -> None:
@@ -291,20 +298,42 @@ def test_a_plot_that_cannot_be_written(here: Path, fails: Fails, monkeypatch: py
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """Words for a training of two steps, which need no compiler."""
-    monkeypatch.setattr(loop, "WATCHED", 4)
-    monkeypatch.setattr(loop, "SCORED", 8)
-    monkeypatch.setattr(loop.shutil, "which", lambda _name: None)
+    """Words for a training of two steps."""
+    for name, value in {"WATCHED": 4, "SCORED": 8, "QUERIES": 8, "BANK": 8}.items():
+        monkeypatch.setattr(loop, name, value)
+    monkeypatch.setattr(scores, "PROBED", 24)
     return ("train", PICO, "steps=2", "batch=2", "image_size=32", "--device", "cpu", "--out", "net")
 
 
 def test_train(here: Path, quick: tuple[str, ...], fails: Fails, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(quick) == 0
     out = capfd.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in out] == [f"{PICO} step 0/2", f"{PICO} step 2/2", "net"]
+    name = f"{PICO}-steps2-batch2-image_size32"
+    assert [line.split("  ")[0] for line in out] == [f"{name} step 0/2", f"{name} step 2/2", "net"]
     assert "belongs to another recipe" in fails(*quick, "lr=1e-4")
     assert main(["train", "--restart", *quick[1:], "lr=1e-4"]) == 0
     assert json.loads((here / "net" / "recipe.json").read_text())["recipe"]["lr"] == 1e-4
+
+
+def test_train_stops_in_time_and_goes_on(here: Path, quick: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*quick, "--minutes", "1e-9"]) == 0
+    assert "stopped in time at step 1" in capfd.readouterr().out.splitlines()[-1]
+    assert not (here / "net" / "weights.safetensors").exists()
+    assert main(quick) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "net"
+
+
+def test_the_list_of_wanted_runs(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "wanted     vitregs train hunt-tiny --device cuda"
+    (here / "runs" / "hunt-tiny").mkdir(parents=True)
+    (here / "runs" / "hunt-tiny" / "checkpoint.pt").touch()
+    assert main(["train", "--list"]) == 0
+    assert capfd.readouterr().out.splitlines()[0].startswith("begun ")
+    (here / "runs" / "hunt-tiny" / "recipe.json").touch()
+    assert main(["train", "--list"]) == 0
+    assert capfd.readouterr().out.splitlines()[0].startswith("done ")
 
 
 def test_training_that_cannot_go_on(
@@ -330,7 +359,7 @@ def test_ctrl_c(here: Path, quick: tuple[str, ...], capsys: pytest.CaptureFixtur
     def press(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(supervised, "loss", press)
+    monkeypatch.setattr(schedules, "apply", press)
     assert main(quick) == 130
     assert capsys.readouterr().err == "vitregs: stopped\n"
     assert [p.name for p in (here / "net").iterdir()] == ["checkpoint.pt"]

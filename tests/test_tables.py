@@ -104,3 +104,58 @@ def test_training_reports_the_end_without_the_stem() -> None:
     )
     row = tables.training({"m": log}).iloc[0]
     assert (row["steps"], row["accuracy"], row["top-1% ratio"], row["attention sink"]) == (10, 0.7, 1.5, 7.0)
+
+
+def test_the_hunt_says_where_outliers_sit() -> None:
+    """The same planted outliers, on background or on objects: emerged both times, the paper's artifact once."""
+    a = planted(120).isel(layer=[0, 1])
+    back, front = np.zeros((120, 15)), np.ones((120, 15))
+    back[:, 0], front[:, 0] = 1, 0  # the first patch is the only background, or the only object
+    back[:, 5:8], front[:, 5:8] = 1, 0
+    found = tables.hunt({"b": a, "o": a, "u": a}, {"b": back, "o": front, "u": None}).set_index("model")
+    assert found["emerged"].tolist() == ["yes"] * 3
+    assert found["layer"].tolist() == ["1 of 1"] * 3
+    assert found["the paper's artifact"].tolist() == ["yes", "no", "?"]
+    assert found.loc["b", "on background, %"].startswith("12.5 [")
+    assert found.loc["b", "elsewhere, %"] == "0.0 [0.0, 0.0]"
+    quiet = tables.hunt({"q": a.isel(layer=[0, 0]).assign_coords(layer=[0, 1])}, {"q": back}).iloc[0]
+    assert (quiet["emerged"], quiet["the paper's artifact"], quiet["on background, %"]) == ("no", "no", "")
+
+
+def test_emergence_over_training() -> None:
+    sink = np.ones((4, 2, 3))
+    sink[2:, 1, 2] = 12
+    log = xr.Dataset(
+        {
+            "top1": (("step", "layer"), [[9, 1, 1], [9, 2, 5], [9, 3, 1], [9, 2, 2]]),
+            "sink": (("step", "block", "kind"), sink),
+        },
+        coords={"step": [0, 16, 32, 64], "layer": [0, 1, 2], "block": [1, 2], "kind": ["cls", "register", "patch"]},
+    )
+    row = tables.emergence({"m": log}).iloc[0]
+    assert row.tolist() == ["m", 64, 5.0, 16, 2.0, 32]
+    quiet = log.assign(sink=log["sink"] * 0)
+    assert tables.emergence({"m": quiet}).iloc[0]["first sink of 10 shares"] == "never"
+
+
+def test_sizes_are_in_order() -> None:
+    a = planted(4)
+    assert list(tables.sizes({"big": a, "small": a}, {"big": 2_000_000, "small": 150_000})) == [
+        "small\n0.15 M",
+        "big\n2.00 M",
+    ]
+
+
+def test_the_zoo_in_a_table() -> None:
+    found = tables.zoo(["mae-pico", "nothing-pico"]).set_index("model")
+    assert found.index.tolist() == ["mae-pico", "mae-pico-reg4"]
+    assert found["registers"].tolist() == [0, 4]
+    assert found["head or zero-shot"].tolist() == ["–", "–"]
+    assert all(" / " in cell for cell in found["linear, colour"])
+    assert tables.pairs(["mae-pico", "nothing-pico"]).keys() == {"mae-pico"}
+    assert list(tables.pairs(["mae-pico"])["mae-pico"]) == ["no registers", "4 registers"]
+
+
+def test_a_recipe_in_a_table() -> None:
+    found = tables.settings({"lr": 0.1, "difficulty": {"objects": 1}, "layer_scale": None})
+    assert found.to_dict("list") == {"setting": ["lr", "layer_scale"], "value": ["0.1", "None"]}

@@ -1,0 +1,99 @@
+"""Lessons: what is shown is what the learners get, short runs are short, and the live figure is one figure."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vitregs import backbones, results
+from vitregs.pretrain import lessons, loop, scores
+from vitregs.pretrain.recipes import recipe
+from vitregs.problems import Problem
+
+SMALL = ["size=femto", "image_size=32", "batch=8", "precision=fp32"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_watch() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WATCHED": 16, "SCORED": 16, "QUERIES": 16, "BANK": 16}.items():
+            patch.setattr(loop, name, value)
+        patch.setattr(scores, "PROBED", 48)
+        yield
+
+
+def test_short_runs_warm_up_in_time() -> None:
+    made = lessons.short("mae-pico", 24, ["batch=8"])
+    assert (made.steps, made.warmup, made.batch) == (24, 6, 8)
+    assert lessons.short("mae-pico", 5000).warmup == lessons.SHORT_WARMUP
+    assert lessons.short("mae-pico", 1).warmup == 1
+
+
+def test_a_taste() -> None:
+    found = lessons.taste(["supervised-pico", "mae-pico"], steps=3, words=SMALL, device="cpu")
+    table = lessons.progress(found)
+    assert table["recipe"].tolist() == ["supervised-pico", "mae-pico"]
+    assert table["steps"].tolist() == [3, 3]
+    assert np.isfinite(table[["loss at first", "loss at last"]].to_numpy(float)).all()
+
+
+def test_what_mae_sees() -> None:
+    rows = lessons.masked("mae-pico", count=3)
+    picture, seen, wanted = rows.values()
+    assert {r.shape for r in rows.values()} == {(3, 64, 64, 3)}
+    patches = [
+        r.reshape(3, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(3, 64, -1) for r in (picture, seen, wanted)
+    ]
+    hidden = (patches[1] == 0.5).all(-1)
+    assert hidden.sum(1).tolist() == [48] * 3
+    np.testing.assert_array_equal(patches[0][~hidden], patches[1][~hidden])
+    assert (patches[2][~hidden] == 1).all()
+    assert np.abs(patches[2][hidden].mean() - 0.5) < 0.05
+
+
+def test_what_dino_sees() -> None:
+    plain, masked = lessons.crops("dino-pico", count=2), lessons.crops("dinov2-pico", count=4)
+    assert list(plain) == ["picture", "large crop 1", "large crop 2", "small crop 1", "small crop 2"]
+    assert plain["small crop 1"].shape == (2, 32, 32, 3)
+    assert list(masked)[-1] == "masked for iBOT"
+    grey = (masked["masked for iBOT"] == 0.5).all(-1)
+    np.testing.assert_array_equal(masked["masked for iBOT"][~grey], masked["large crop 1"][~grey])
+
+
+def test_captions(tmp_path: Path) -> None:
+    found = lessons.captions("clip-pico", count=3)["caption"]
+    assert len(found) == 3
+    assert all("background" in c for c in found)
+    from PIL import Image
+
+    for i in range(100):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    with pytest.raises(Problem, match="clip needs captions"):
+        lessons.captions("clip-pico", images=str(tmp_path))
+
+
+def test_the_zoos_weights_are_in_the_learner() -> None:
+    learner, _ = lessons._learner("mae-pico", 1, "scenes")
+    theirs = backbones.load("mae-pico", device="cpu").net.state_dict()
+    assert all((learner.vit.state_dict()[k] == v).all() for k, v in theirs.items())
+
+
+def test_a_run_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    class Handle:
+        def update(self, figure: object) -> None:
+            shown.append(("again", figure))
+
+    def display(figure: object, **_more: object) -> Handle:
+        shown.append(("first", figure))
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    chosen = recipe("hunt-femto").override(name="own", image_size=32, steps=6, warmup=2)
+    log = lessons.follow(chosen, every=2, device="cpu", out=str(tmp_path / "run"))
+    assert [how for how, _ in shown] == ["first", *["again"] * 3]
+    assert log["step"].values.tolist() == [0, 2, 4, 6]
+    assert results.load(tmp_path / "run" / "history.nc").equals(log)
+    assert lessons.follow(chosen, every=3, device="cpu")["step"].values.tolist() == [0, 3, 6]
