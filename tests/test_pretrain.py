@@ -441,7 +441,7 @@ def test_too_little_memory_on_the_device(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(schedules, "apply", apply)
     says = problem(train, TINY, tmp_path / "run")
-    assert says == "cpu has too little memory for tiny: lower batch (2), or size (pico)"
+    assert says == "the device has too little memory for tiny: lower batch (2), or size (pico)"
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
 
 

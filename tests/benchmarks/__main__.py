@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from vitregs import backbones, capture, scenes
-from vitregs.pretrain import loop, recipe, supervised
+from vitregs.pretrain import feeds, objectives, recipes, schedules
 
 HERE = Path(__file__).parent
 MODEL = "vit_small_patch14_reg4_dinov2.lvd142m"  # architecture only: random weights
@@ -63,16 +63,17 @@ def work(what: str, side: int, batch: int) -> Callable[[], object]:
 
 def rendering() -> float:
     """Time to render one batch over the time of a whole training step without it (eager, bf16), median of ten each."""
-    chosen = recipe.recipe("supervised-pico")
-    net = supervised.build(chosen)
-    optimizer = loop.optimiser(net, chosen)
+    chosen = recipes.recipe("supervised-pico")
+    feed = feeds.make(chosen, torch.device("cpu"))
+    learner = objectives.learner(chosen, feed)
+    optimizer = schedules.optimiser(learner, chosen)
     times: list[list[float]] = [[], []]
     for i in range(10):
         start = time.perf_counter()
-        batch = scenes.render(chosen.batch, chosen.image_size, first=i * chosen.batch, difficulty=chosen.difficulty)
+        batch = feed.take(i)
         middle = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = supervised.loss(net, batch)
+            loss = learner(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

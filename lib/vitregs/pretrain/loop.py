@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ QUERIES, BANK = 128, 256  # held-out pictures that k-NN is asked, and those it k
 CHECKED = 50  # steps between two looks at the loss: each waits for the device
 
 
+def _advises(run: Callable[..., Path | None]) -> Callable[..., Path | None]:
+    """Turn a lack of device memory into advice."""
+
+    @wraps(run)
+    def train(recipe: Recipe, **more: Any) -> Path | None:
+        try:
+            return run(recipe, **more)
+        except torch.OutOfMemoryError as error:
+            raise Problem(
+                f"the device has too little memory for {recipe.name}: lower batch ({recipe.batch}), or size ({recipe.size})"
+            ) from error
+
+    return train
+
+
+@_advises
 def train(
     recipe: Recipe,
     *,
@@ -73,8 +90,9 @@ def train(
     peak = world * meter.peak(target, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     every = every or max(500, recipe.steps // 15)  # keeps what looking costs under a twentieth
     if target.type == "cuda" if compiled is None else compiled:  # small ViTs gain nothing from it on a CPU
-        for block in learner.vit.blocks:
-            block.compile(dynamic=False)  # one block's code serves all
+        for net in (learner.vit, getattr(learner, "teacher", None)):
+            for block in net.blocks if net else ():
+                block.compile(dynamic=False)  # one block's code serves all
     run: nn.Module = nn.parallel.DistributedDataParallel(learner) if world > 1 else learner
     watch = _Watch(recipe, feed, learner) if rank == 0 else None
     bar = meter.Bar(recipe.name, start, recipe.steps, recipe.batch, flop, peak, rank == 0)
@@ -127,10 +145,6 @@ def train(
                 bar.advance(total.item() / seen)
             else:
                 bar.advance()
-    except torch.OutOfMemoryError as error:
-        raise Problem(
-            f"{_named(target)} has too little memory for {recipe.name}: lower batch ({recipe.batch}), or size ({recipe.size})"
-        ) from error
     finally:
         bar.close()
     done = None
