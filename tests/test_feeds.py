@@ -117,5 +117,31 @@ def test_class_names_come_from_the_data_set(shared_data: Path) -> None:
     assert np.ndim(next(found.batches()).labels[0]) == 0
 
 
+def test_labels_of_every_kind() -> None:
+    assert feeds._classes([3, 1, 12, None, 1], []) == (["1", "3", "12"], [1, 0, 2, -1, 0])  # numbers in their order
+    assert feeds._classes(["b", None, "a"], []) == (["a", "b"], [1, -1, 0])
+    assert feeds._classes([1, 0, -1, 7], ["x", "y"]) == (["x", "y"], [1, 0, -1, -1])
+    assert feeds._classes([None], []) == ([], [-1])
+
+
+def test_a_picture_without_a_label_is_not_trained_on_in_silence(folder: Path) -> None:
+    for i in range(30):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / f"{i}.png")
+    assert "30 of 210 pictures" in problem(feeds.make, CHOSEN, CPU, str(folder))
+
+
+def test_sources_in_order_are_shuffled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream may come class by class; what is held out must not be the last class."""
+    real = feeds._read
+
+    def sorted_read(found: images.Images) -> tuple[torch.Tensor, list[object]]:
+        pixels, named = real(found)
+        order = sorted(range(len(named)), key=lambda i: str(named[i]))
+        return pixels[order], [named[i] for i in order]
+
+    monkeypatch.setattr(feeds, "_read", sorted_read)
+    assert len(set(feeds.PictureFeed(CHOSEN, CPU, str(folder)).held(64).label.tolist())) == 3
+
+
 def test_a_recipe_of_scenes_needs_no_source() -> None:
     assert isinstance(feeds.make(Recipe("x", "", batch=2), CPU), feeds.SceneFeed)

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,6 +188,17 @@ def test_processes_share_the_batch_of_one() -> None:
     assert torch.equal(torch.cat([feed.take(3, rank=r, world=4).pixels for r in range(4)]), whole)
 
 
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Problem, match="torchrun chooses the GPUs"):
+        train(small("mae"), tmp_path / "run", device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Problem, match="there are 1 GPUs for 2 processes"):
+        train(small("mae"), tmp_path / "run", device="cuda")
+
+
 # --- measuring while training
 
 
@@ -295,7 +307,9 @@ def test_the_meter() -> None:
     for _ in range(3):
         bar.advance(0.5)
     bar.pause()
-    assert bar.rate() > 0
+    still = bar.rate()
+    time.sleep(0.02)
+    assert bar.rate() == still > 0  # a look is no training
     assert bar.utilisation() == pytest.approx(bar.rate() * 2e9 / 1e12, rel=0.5)
     bar.close()
 

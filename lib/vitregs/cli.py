@@ -59,6 +59,7 @@ def _parser() -> _Parser:
     train.add_argument("--list", action="store_true", help="list the runs still wanted, most informative first")
     train.add_argument("--images", help="where the recipe's pictures lie: a folder, parquet files (default: the hub)")
     train.add_argument("--minutes", type=float, help="stop in time, with a checkpoint; the same command goes on")
+    train.add_argument("--eager", action="store_true", help="do not compile, where there is no C compiler")
     train.add_argument("--restart", action="store_true", help="start anew instead of resuming")
 
     listing = commands.add_parser("models", help="list the models that can be named")
@@ -143,7 +144,13 @@ def _train(words: argparse.Namespace) -> None:
     chosen = recipe.parse(recipes.recipe(words.recipe), words.settings)
     out = words.out or Path("runs") / chosen.name
     done = loop.train(
-        chosen, out=out, device=words.device, images=words.images, resume=not words.restart, minutes=words.minutes
+        chosen,
+        out=out,
+        device=words.device,
+        images=words.images,
+        resume=not words.restart,
+        minutes=words.minutes,
+        compiled=False if words.eager else None,
     )
     if done:
         print(done)

@@ -4,6 +4,8 @@ DeiT-III's 3-Augment (paper section 3.1; Touvron et al. 2022, section 3.2) and D
 appendix C).
 """
 
+from typing import Any
+
 import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
@@ -17,20 +19,27 @@ def _crop(size: int, scale: tuple[float, float]) -> nn.Module:
     return K.RandomResizedCrop((size, size), scale=scale, ratio=(3 / 4, 4 / 3), cropping_mode="resample")
 
 
-class CropFlip(nn.Module):
+class _Augment(nn.Module):
+    """Without gradients and in full precision: half precision would move the sampling."""
+
+    def __call__(self, pixels: Tensor) -> Any:
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            return super().__call__(pixels)
+
+
+class CropFlip(_Augment):
     """A random part of each picture, flipped half of the time (MAE: scale 0.2 to 1; OpenCLIP: 0.9 to 1)."""
 
     def __init__(self, size: int, scale: tuple[float, float]) -> None:
         super().__init__()
         self.steps = nn.Sequential(_crop(size, scale), K.RandomHorizontalFlip(p=0.5))
 
-    @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """(n, 3, H, W) in [0, 1] → (n, 3, size, size)."""
         return self.steps(pixels)
 
 
-class ThreeAugment(nn.Module):
+class ThreeAugment(_Augment):
     """Simple random crop, flip, one of grey, solarise and blur for each picture, colour jitter 0.3."""
 
     def __init__(self, size: int) -> None:
@@ -45,7 +54,6 @@ class ThreeAugment(nn.Module):
         )
         self.jitter = K.ColorJitter(0.3, 0.3, 0.3, p=1.0)
 
-    @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """(n, 3, H, W) in [0, 1] → the same shape."""
         placed = self.place(pixels)
@@ -56,7 +64,7 @@ class ThreeAugment(nn.Module):
         return self.jitter(out)
 
 
-class MultiCrop(nn.Module):
+class MultiCrop(_Augment):
     """Two large views of each picture and several small ones, with DINO's distortions."""
 
     def __init__(self, size: int, crops: Dino) -> None:
@@ -77,7 +85,6 @@ class MultiCrop(nn.Module):
         self.second = view(size, crops.global_scale, 0.1, 0.2)
         self.small = view(crops.local_size, crops.local_scale, 0.5, 0.0)
 
-    @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """(n, 3, H, W) in [0, 1] → large views (2, n, 3, size, size), small ones (crops, n, 3, local, local) or None."""
         large = torch.stack([self.first(pixels), self.second(pixels)])

@@ -17,6 +17,7 @@ from vitregs.pretrain import vits
 from vitregs.pretrain.augment import CropFlip
 from vitregs.pretrain.feeds import Batch, Feed
 from vitregs.pretrain.recipe import Clip, Recipe
+from vitregs.pretrain.scores import right
 from vitregs.pretrain.text import Vocabulary
 
 HOTTEST = math.log(100)  # open_clip clamps the logit scale at 100
@@ -69,5 +70,5 @@ class Learner(nn.Module):
     def score(self, batch: Batch) -> float:
         """Zero-shot accuracy: share of pictures whose nearest class prompt names a class in view."""
         prompts = self.sentences(self.prompts.to(batch.pixels.device))
-        best = [(self.pictures(part) @ prompts.T).argmax(1, keepdim=True) for part in batch.pixels.split(64)]
-        return batch.labels.gather(1, torch.cat(best)).float().mean().item()
+        best = [(self.pictures(part) @ prompts.T).argmax(1) for part in batch.pixels.split(64)]
+        return right(batch, torch.cat(best))

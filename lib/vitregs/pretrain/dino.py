@@ -86,7 +86,8 @@ class Learner(nn.Module):
             seen.append(vits.resized(self.vit, small.flatten(0, 1)))
         said = self.head(torch.cat(seen)).float()
         views = len(said) // len(batch)
-        return self.loss(list(taught.chunk(2)), list(said.chunk(views)), teacher_temp=self.temperature())
+        with torch.autocast(said.device.type, enabled=False):
+            return self.loss(list(taught.chunk(2)), list(said.chunk(views)), teacher_temp=self.temperature())
 
     def before_update(self) -> None:
         """Hold the prototypes still at the beginning: called when gradients are there."""

@@ -55,10 +55,11 @@ class Learner(dino.Learner):
         seen = [tokens[:, 0]] + ([] if small is None else [vits.resized(self.vit, small.flatten(0, 1))])
         said = self.head(torch.cat(seen)).float()
         views = len(said) // len(batch)
-        loss = self.loss(list(taught.chunk(2)), list(said.chunk(views)), teacher_temp=temperature)
         said_patches = self.patch_head(tokens[:, prefix:][hidden]).float()
-        loss = loss + self.own.ibot * self.patch_loss(taught_patches, said_patches, masks, teacher_temp=temperature)
-        return loss + self.own.koleo * sum(self.spread(part.float()) for part in tokens[:, 0].chunk(2))
+        with torch.autocast(said.device.type, enabled=False):
+            loss = self.loss(list(taught.chunk(2)), list(said.chunk(views)), teacher_temp=temperature)
+            loss = loss + self.own.ibot * self.patch_loss(taught_patches, said_patches, masks, teacher_temp=temperature)
+            return loss + self.own.koleo * sum(self.spread(part.float()) for part in tokens[:, 0].chunk(2))
 
     def before_update(self) -> None:
         """Hold both sets of prototypes still at the beginning."""

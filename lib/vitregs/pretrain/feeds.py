@@ -3,7 +3,6 @@
 Every batch is a function of seed and step alone. With several processes each takes its own rows of the same batch.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -118,24 +117,25 @@ class PictureFeed:
         found = images.load(source, size=recipe.image_size, count=count, split=_split(source))
         self.fingerprint = found.source.fingerprint if found.source else "scenes"
         pixels, named = _read(found)
-        self.classes = list(getattr(found.source, "classes", [])) or sorted({str(n) for n in named if n is not None})
-        index = {name: i for i, name in enumerate(self.classes)}
-        label = [-1 if n is None else n if isinstance(n, int) else index[str(n)] for n in named]
+        order = torch.randperm(
+            len(pixels), generator=torch.Generator().manual_seed(0)
+        ).tolist()  # a stream may be sorted
+        pixels, named = pixels[order], [named[i] for i in order]
+        self.classes, label = _classes(named, list(getattr(found.source, "classes", [])))
         parts = max(LEAST, len(pixels) // 10)
         if len(pixels) < recipe.batch + parts:
             raise Problem(
                 f"{source} has {len(pixels)} pictures: too few for a batch of {recipe.batch} and {parts} held out"
             )
         self.pixels, self.label = pixels.to(device), torch.tensor(label, device=device)
-        self.trained = len(pixels) - parts  # the last pictures are held out; their order is drawn by the seed
+        self.trained = len(pixels) - parts  # the last pictures are held out, the same ones for every seed
         self.named = [str(c).replace("_", " ") for c in self.classes]
 
     def _pick(self, index: Tensor, captions: bool) -> Batch:
         index = index.to(self.device)
         label = self.label[index]
         labels = torch.zeros(len(index), max(1, len(self.classes)), dtype=torch.bool, device=self.device)
-        known = label >= 0
-        labels[known.nonzero()[:, 0], label[known]] = True
+        labels.scatter_(1, label.clamp(min=0)[:, None], (label >= 0)[:, None])
         words = [f"a photo of a {self.named[i]}" for i in label.tolist()] if captions and self._captioned() else None
         return Batch(self.pixels[index].float() / 255, label, labels, words)
 
@@ -174,11 +174,20 @@ def _split(source: str) -> str | None:
 
 def _read(found: images.Images) -> tuple[Tensor, list[object]]:
     parts, named = [], []
-    with warnings.catch_warnings():
-        for batch in found.batches(256):
-            parts.append((batch.pixels * 255).round().to(torch.uint8))
-            named += batch.labels
+    for batch in found.batches(256):
+        parts.append((batch.pixels * 255).round().to(torch.uint8))
+        named += batch.labels
     return torch.cat(parts), named
+
+
+def _classes(named: list[object], known: list[str]) -> tuple[list[str], list[int]]:
+    """Number labels: integers, names or None, and class names where known → class names, numbers (-1 unknown)."""
+    there = {n for n in named if n is not None}
+    if known and all(isinstance(n, int) for n in there):
+        return known, [n if isinstance(n, int) and 0 <= n < len(known) else -1 for n in named]
+    names: list[object] = sorted(there, key=lambda n: (str(type(n)), n))  # type: ignore[type-var, return-value]
+    index = {n: i for i, n in enumerate(names)}
+    return [str(n) for n in names], [-1 if n is None else index[n] for n in named]
 
 
 def make(recipe: Recipe, device: torch.device, source: str | None = None, count: int | None = None) -> Feed:
@@ -191,11 +200,13 @@ def make(recipe: Recipe, device: torch.device, source: str | None = None, count:
         if (source or recipe.data) == "scenes"
         else PictureFeed(recipe, device, source or recipe.data, count)
     )
-    probe = feed.held(1)
-    if recipe.objective.name == "clip" and probe.captions is None:
+    if recipe.objective.name == "clip" and feed.held(1).captions is None:
         raise Problem(
             f"clip needs captions: {source or recipe.data} has neither captions nor class names for all pictures"
         )
-    if recipe.objective.name == "supervised" and not bool(probe.labels.any()):
-        raise Problem(f"supervised training needs labels: {source or recipe.data} has none")
+    if recipe.objective.name == "supervised" and isinstance(feed, PictureFeed) and bool((feed.label < 0).any()):
+        bare = int((feed.label < 0).sum())
+        raise Problem(
+            f"supervised training needs labels: {bare} of {len(feed.label)} pictures of {source or recipe.data} have none"
+        )
     return feed

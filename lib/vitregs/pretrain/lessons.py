@@ -12,7 +12,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vitregs import backbones, draw_training, results
+from vitregs import draw_training, results
 from vitregs.pretrain import feeds, loop, objectives
 from vitregs.pretrain.recipe import Recipe, parse
 from vitregs.pretrain.recipes import recipe
@@ -66,19 +66,17 @@ def _picture(pixels: Tensor) -> np.ndarray:
 
 
 def _learner(name: str, count: int, images: str) -> tuple[Any, feeds.Batch]:
-    """A learner with the zoo's weights in it where it has them, and pictures that it never saw."""
+    """A learner, and pictures that are held out from it."""
     chosen = recipe(name)
     feed = feeds.make(chosen, torch.device("cpu"), None if images == "scenes" else images)
     learner = objectives.learner(chosen, feed).eval()
-    if name in backbones.zoo():
-        learner.published.load_state_dict(backbones.load(name, device="cpu").net.state_dict())
     torch.manual_seed(0)
     return learner, feed.held(count)
 
 
 @torch.no_grad()
 def masked(name: str, *, count: int = 6, images: str = "scenes") -> dict[str, np.ndarray]:
-    """What an MAE recipe is shown and asked for: name, pictures → {"picture", "what it sees", "what it must paint"}."""
+    """What an MAE recipe is shown and asked for: name, pictures → {row label: pictures}."""
     learner, batch = _learner(name, count, images)
     _, hidden = learner.draw(len(batch), batch.pixels.device)
     patches = learner.patchify(batch.pixels)

@@ -4,10 +4,10 @@ Every step is a function of the recipe and the step number alone (pictures, lear
 that was killed ends in the same weights, bit for bit, on the same CPU. Several processes are started by `torchrun`.
 """
 
+import dataclasses
 import json
 import math
 import os
-import random
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -75,9 +75,10 @@ def train(
     origin = results.provenance(device=_named(target))  # of the code that runs, not of what it may become meanwhile
     feed = feeds.make(recipe, target, images, count)
     feeds.rows(recipe.batch, rank, world)
+    recipe.objective.check(dataclasses.replace(recipe, batch=recipe.batch // world))
     learner = objectives.learner(recipe, feed).to(target)
     optimizer = schedules.optimiser(learner, recipe)
-    file, stamp = out / "checkpoint.pt", json.dumps({**recipe.facts(), "data": feed.fingerprint}, sort_keys=True)
+    file, stamp = out / "checkpoint.pt", _stamp(recipe, feed, world)
     start, records, spent, before, seen = _resume(stamp, file, learner, optimizer) if resume else (0, [], 0.0, 0.0, 0)
     low = torch.autocast(target.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
@@ -89,21 +90,21 @@ def train(
     flop = meter.operations(learner, lambda twin: loss_of(twin, few), len(few))  # by all processes: losses may gather
     peak = world * meter.peak(target, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     every = every or max(500, recipe.steps // 15)  # keeps what looking costs under a twentieth
+    limit = torch._dynamo.config.recompile_limit  # type: ignore[attr-defined]
+    torch._dynamo.config.recompile_limit = max(limit, 4 * len(learner.vit.blocks))  # type: ignore[attr-defined]
     if target.type == "cuda" if compiled is None else compiled:  # small ViTs gain nothing from it on a CPU
         for net in (learner.vit, getattr(learner, "teacher", None)):
             for block in net.blocks if net else ():
-                block.compile(dynamic=False)  # one block's code serves all
+                block.compile(dynamic=False)  # one block's code serves all that drop paths at the same rate
     run: nn.Module = nn.parallel.DistributedDataParallel(learner) if world > 1 else learner
     watch = _Watch(recipe, feed, learner) if rank == 0 else None
     bar = meter.Bar(recipe.name, start, recipe.steps, recipe.batch, flop, peak, rank == 0)
     clock, total = time.monotonic() - spent, torch.tensor(before, device=target)
     try:
         for step in range(start, recipe.steps + 1):
-            late = (
-                minutes is not None
-                and step > start
-                and _sum(_flag(time.monotonic() - begun > minutes * 60, target)) > 0
-            )
+            late = minutes is not None and step > start and time.monotonic() - begun > minutes * 60
+            if world > 1:  # all must stop at the same step, and asking costs
+                late = minutes is not None and step > start and step % CHECKED == 0 and _sum(_flag(late, target)) > 0
             if history.due(step, recipe.steps, every) and not (records and records[-1]["step"] == step):
                 mean = _sum(total) / seen / world if seen else math.nan  # nothing is learned from before step 0
                 _finite(mean if seen else 0.0, recipe, step)
@@ -123,10 +124,11 @@ def train(
             if step == recipe.steps:
                 break
             if late:
+                sofar = _sum(total) / world
                 if rank == 0:
-                    _save(stamp, file, learner, optimizer, step, records, time.monotonic() - clock, total.item(), seen)
+                    _save(stamp, file, learner, optimizer, step, records, time.monotonic() - clock, sofar, seen)
                     report(f"{recipe.name} stopped in time at step {step}: the same command goes on from here")
-                return None
+                break
             torch.manual_seed(recipe.seed * 1_000_003 + step * world + rank)
             batch = feed.take(step, rank=rank, world=world, captions=learner.captions)
             schedules.apply(optimizer, recipe, step)
@@ -148,10 +150,12 @@ def train(
     finally:
         bar.close()
     done = None
-    if rank == 0:
+    if rank == 0 and step == recipe.steps:
+        spent = records[-1]["seconds"] - sum(r["watching"] for r in records)
+        rate = recipe.steps * recipe.batch / max(spent, 1e-9)  # of the whole run, however often it was interrupted
         facts: dict[str, Any] = {
-            "images_per_second": bar.rate(),
-            "utilisation": bar.utilisation(),
+            "images_per_second": rate,
+            "utilisation": rate * flop / peak,
             "gflop_per_image": flop / 1e9,
         }
         if final:
@@ -177,7 +181,6 @@ class _Watch:
 
     def __call__(self, step: int, loss: float) -> dict[str, Any]:
         begun = time.monotonic()
-        state = random.getstate()
         self.learner.eval()
         backbone = snapshot(self.recipe, self.learner.published)
         score = getattr(self.learner, "score", None)
@@ -189,7 +192,6 @@ class _Watch:
             **history.look(backbone, self.scored.pixels[:WATCHED]),
         }
         self.learner.train()
-        random.setstate(state)
         return {**found, "watching": time.monotonic() - begun}
 
 
@@ -215,6 +217,14 @@ def line(recipe: Recipe, records: list[dict[str, Any]], used: float = math.nan) 
     return f"{text}  {rate * recipe.batch:.0f} images/s{used_text}  {(recipe.steps - now['step']) / rate / 60:.0f} min left"
 
 
+def _stamp(recipe: Recipe, feed: feeds.Feed, world: int) -> str:
+    """All that decides the weights, as text: what a checkpoint must agree with."""
+    return json.dumps(
+        {**recipe.facts(), "data": feed.fingerprint, "pictures": getattr(feed, "trained", None), "processes": world},
+        sort_keys=True,
+    )
+
+
 def _call(learner: Any, name: str) -> None:
     if hasattr(learner, name):
         getattr(learner, name)()
@@ -230,8 +240,13 @@ def _place(device: str) -> tuple[int, int, torch.device]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return 0, 1, backbones.pick_device(device)
+    if device.startswith("cuda:"):
+        raise Problem("torchrun chooses the GPUs: use --device cuda")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-    target = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else backbones.pick_device(device)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and torch.cuda.device_count() <= local:
+        raise Problem(f"there are {torch.cuda.device_count()} GPUs for {world} processes: lower --nproc-per-node")
+    target = torch.device("cuda", local) if cuda else backbones.pick_device(device)
     if not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(target)

@@ -11,15 +11,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-# Dense bf16 peaks in FLOP/s by the vendors' data sheets; other devices are measured.
+# Dense bf16 peaks in FLOP/s by the vendors' data sheets, the first name that fits; other devices are measured.
 PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
-    "V100": 125e12,
 }
 
 
@@ -65,11 +67,15 @@ class Bar:
         self.batch, self.flop, self.peak = batch, flop, peak
         hidden = not show or not sys.stderr.isatty()
         self.bar: Any = tqdm(total=steps, initial=start, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
-        self.steps, self.seconds, self.since = 0, 0.0, time.perf_counter()
+        self.steps, self.seconds = 0, 0.0
+        self.since: float | None = time.perf_counter()  # None while the clock stands still
 
     def pause(self) -> None:
         """Stop the clock: a look at the network is no training."""
-        self.seconds += time.perf_counter() - self.since
+        self.seconds, self.since = self._spent(), None
+
+    def _spent(self) -> float:
+        return self.seconds + (0.0 if self.since is None else time.perf_counter() - self.since)
 
     def go(self) -> None:
         """Start the clock again."""
@@ -86,8 +92,7 @@ class Bar:
 
     def rate(self) -> float:
         """Pictures per second of training, looks left out."""
-        spent = self.seconds + time.perf_counter() - self.since
-        return self.steps * self.batch / max(spent, 1e-9)
+        return self.steps * self.batch / max(self._spent(), 1e-9)
 
     def utilisation(self) -> float:
         """Model operations per second over the device's peak."""

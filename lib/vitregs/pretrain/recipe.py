@@ -82,8 +82,11 @@ class Mae:
     def check(self, recipe: "Recipe") -> None:
         """Raise Problem for values that make no sense."""
         _positive(self, "decoder_width", "decoder_depth", "decoder_heads")
-        if self.decoder_width % self.decoder_heads:
-            raise Problem(f"decoder_width {self.decoder_width} is not a multiple of decoder_heads {self.decoder_heads}")
+        _share(self, "masked")
+        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+            raise Problem(
+                f"decoder_width {self.decoder_width} is not a multiple of decoder_heads {self.decoder_heads} and 4"
+            )
         if not 1 <= round(recipe.patches * (1 - self.masked)) < recipe.patches:
             raise Problem(
                 f"masked must leave some of {recipe.patches} patches visible and hide some, not {self.masked}"
@@ -117,6 +120,8 @@ class Dino:
             raise Problem(f"local_crops must be 0 or more, not {self.local_crops}")
         if self.local_crops and (self.local_size < 1 or self.local_size % recipe.patch_size):
             raise Problem(f"local size {self.local_size} is not a multiple of the patch size {recipe.patch_size}")
+        if self.local_crops and self.local_size < 8:
+            raise Problem(f"local size {self.local_size} is too small to be blurred: 8 pixels at least")
         if self.local_crops and self.local_size > recipe.image_size:
             raise Problem(f"local size {self.local_size} is larger than the picture ({recipe.image_size})")
 
@@ -140,6 +145,9 @@ class DinoV2(Dino):
         super().check(recipe)
         _positive(self, "patch_prototypes")
         _share(self, "masked_pictures", "masked_least", "masked_most")
+        for name in ("ibot", "koleo"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise Problem(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.masked_least > self.masked_most:
             raise Problem(f"masked_least {self.masked_least} is above masked_most {self.masked_most}")
         if int(self.masked_least * recipe.patches) < 1:  # lightly cannot mask less than one patch
@@ -198,6 +206,8 @@ class Recipe:
         if self.image_size % self.patch_size:
             raise Problem(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         _share(self, "drop_path", "beta2")
+        if self.beta2 == 1 or self.seed >= 2**40:
+            raise Problem(f"beta2 must be below 1 and seed below 2^40, not {self.beta2} and {self.seed}")
         for name, allowed in (("precision", ("bf16", "fp32")), ("pool", ("token", "avg"))):
             if getattr(self, name) not in allowed:
                 raise Problem(f"{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
@@ -265,7 +275,9 @@ def parse(base: Recipe, settings: Sequence[str]) -> Recipe:
         if name not in kinds:
             raise unknown("recipe setting", name, kinds)
         changes[name] = _value(name, kinds[name], text)
-    names = "".join(f"-{_SHORT.get(k, k)}{v}" for k, v in changes.items() if v != base.facts()[k])
+    names = "".join(
+        f"-{_SHORT.get(k, k)}{str(v).replace('/', '_')}" for k, v in changes.items() if v != base.facts()[k]
+    )
     return base.override(**changes, name=base.name + names)
 
 

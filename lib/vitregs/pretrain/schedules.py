@@ -33,7 +33,7 @@ def weight_decay(recipe: Recipe, step: int) -> float:
 
 
 def optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: biases, norms, tokens and positions are exempt (paper, section 3.1)."""
+    """AdamW with weight decay on matrices: biases, norms, tokens (words too) and positions are exempt (paper, section 3.1)."""
     named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     free = [p for n, p in named if p.ndim < 2 or "token" in n or "pos" in n]
     exempt = {id(p) for p in free}

@@ -34,8 +34,12 @@ def knn(backbone: Backbone, bank: Batch, queries: Batch, neighbours: int = NEIGH
     alike = features(backbone, queries.pixels) @ features(backbone, bank.pixels[known]).T
     near, at = alike.topk(min(neighbours, alike.shape[1]))
     votes = F.one_hot(bank.label[known][at], bank.labels.shape[1]) * (near / 0.07).exp()[..., None]
-    best = votes.sum(1).argmax(1, keepdim=True)
-    return float(queries.labels.gather(1, best).float().mean())
+    return right(queries, votes.sum(1).argmax(1))
+
+
+def right(batch: Batch, said: Tensor) -> float:
+    """Share of labelled pictures for which a class in view was named: pictures, classes (n,) → in [0, 1], nan without labels."""
+    return float(batch.labels.gather(1, said[:, None])[batch.labels.any(1)].float().mean())
 
 
 def linear(train: Tensor, label: Tensor, test: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """timm's ViT as training needs it: made from a recipe, fed with masked or partial sequences."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import timm
@@ -33,7 +34,15 @@ def build(recipe: Recipe, classes: int = 0) -> nn.Module:
 
 def normalise(pixels: Tensor) -> Tensor:
     """Shift and scale pixels (…, 3, H, W) in [0, 1] → network input."""
-    return (pixels - pixels.new_tensor(MEAN).view(3, 1, 1)) / pixels.new_tensor(STD).view(3, 1, 1)
+    mean, std = _stats(pixels.device, pixels.dtype)
+    return (pixels - mean) / std
+
+
+@cache
+def _stats(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and spread on a device, made once: a copy in every step would wait for it."""
+    mean, std = (torch.tensor(v, device=device, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
+    return mean, std
 
 
 def encode(
