@@ -221,7 +221,7 @@ def test_the_rule_of_the_hunt() -> None:
     assert not history.emerged(log([9, 1, 1], [9, 0, 0]))  # the stem
     assert not history.emerged(log([1, 9, 1], [np.nan] * 3))
     assert history.strongest(log([9, 1.5, 1.2], [9, 0, 0]))["layer"] == 1
-    assert history.strongest(log([1, 5, 4.5], [0, 1, 4])) == pytest.approx(
+    assert dict(history.strongest(log([1, 5, 4.5], [0, 1, 4]))) == pytest.approx(
         {"layer": 2, "top1": 4.5, "separation": 4, "share": 0.02}
     )
 

@@ -26,8 +26,8 @@ from vitregs.pretrain import cards, feeds, history, meter, objectives, schedules
 from vitregs.pretrain.recipe import Recipe
 from vitregs.problems import Problem
 
-WATCHED, SCORED = 64, 512  # held-out pictures whose norms are watched, and that a head or prompts are scored on
-QUERIES, BANK = 128, 256  # held-out pictures that k-NN is asked, and those it knows
+WATCHED, SCORED = 64, 512  # held-out pictures whose norms are watched, and that a head or prompts are scored on at the end
+QUERIES, BANK = 128, 256  # held-out pictures that are scored on the way, and those that k-NN knows
 CHECKED = 50  # steps between two looks at the loss: each waits for the device
 
 
@@ -89,7 +89,7 @@ def train(
     few = feed.held(4)
     flop = meter.operations(learner, lambda twin: loss_of(twin, few), len(few))  # by all processes: losses may gather
     peak = world * meter.peak(target, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
-    every = every or max(500, recipe.steps // 15)  # keeps what looking costs under a twentieth
+    every = every or max(500, recipe.steps // 12)
     limit = torch._dynamo.config.recompile_limit  # type: ignore[attr-defined]
     torch._dynamo.config.recompile_limit = max(limit, 4 * len(learner.vit.blocks))  # type: ignore[attr-defined]
     if target.type == "cuda" if compiled is None else compiled:  # small ViTs gain nothing from it on a CPU
@@ -187,7 +187,7 @@ class _Watch:
         found = {
             "step": step,
             "loss": loss,
-            "accuracy": score(self.scored) if score else math.nan,
+            "accuracy": score(self.scored if step == self.recipe.steps else self.queries) if score else math.nan,
             "knn": scores.knn(backbone, self.bank, self.queries),
             **history.look(backbone, self.scored.pixels[:WATCHED]),
         }
