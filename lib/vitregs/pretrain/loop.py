@@ -26,8 +26,8 @@ from vitregs.pretrain import cards, feeds, history, meter, objectives, schedules
 from vitregs.pretrain.recipe import Recipe
 from vitregs.problems import Problem
 
-WATCHED, SCORED = 64, 512  # held-out pictures whose norms are watched, and that a head or prompts are scored on at the end
-QUERIES, BANK = 128, 256  # held-out pictures that are scored on the way, and those that k-NN knows
+# Held-out pictures: whose norms are watched; that a head is scored on at the end, and on the way; that k-NN knows
+WATCHED, SCORED, QUERIES, BANK = 64, 512, 128, 256
 CHECKED = 50  # steps between two looks at the loss: each waits for the device
 
 
