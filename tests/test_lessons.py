@@ -38,6 +38,21 @@ def test_a_taste() -> None:
     assert np.isfinite(table[["loss at first", "loss at last"]].to_numpy(float)).all()
 
 
+@pytest.mark.parametrize("name", ["supervised-pico", "clip-pico", "mae-pico", "dino-pico", "dinov2-pico"])
+def test_the_first_loss_is_near_that_of_chance(name: str) -> None:
+    import torch
+
+    from vitregs.pretrain import feeds, objectives
+
+    chosen = lessons.short(name, 4, ["size=femto", "batch=16", "precision=fp32"])
+    feed = feeds.make(chosen, torch.device("cpu"))
+    learner = objectives.learner(chosen, feed)
+    torch.manual_seed(0)
+    assert float(learner(feed.take(0, captions=learner.captions)).detach()) == pytest.approx(
+        lessons.chance(chosen), rel=0.45
+    )
+
+
 def test_what_mae_sees() -> None:
     rows = lessons.masked("mae-pico", count=3)
     picture, seen, wanted = rows.values()

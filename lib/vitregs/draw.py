@@ -9,6 +9,7 @@ import pandas as pd
 import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from vitregs.artifacts import patches
 from vitregs.canvas import PALETTE, axes_grid, blank, norm_edges, note, spread
@@ -109,6 +110,10 @@ def register_norms(panels: Mapping[str, pd.DataFrame]) -> Figure:
         for (name, part), colour in zip(table.groupby("register", sort=False), cycle(PALETTE), strict=False):
             axis.plot(part["block"], part["norm"], color=colour, marker="o", ms=2.5, lw=1.2, label=str(name))
         axis.set(title=title, yscale="log", xlabel="layer", ylabel="norm")
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for level in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            level("{x:g}")
     named = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda found: len(found[1]))
     figure.legend(*named, loc="outside lower center", ncols=8)
     return figure

@@ -224,7 +224,7 @@ def zoo(names: Sequence[str]) -> pd.DataFrame:
                     "model": name,
                     "registers": card["recipe"]["registers"],
                     "minutes": round(card["minutes"]),
-                    "head or zero-shot": "–" if accuracy is None or np.isnan(accuracy) else f"{accuracy:.2f}",
+                    "head or zero-shot": "–" if accuracy is None else f"{accuracy:.2f}",
                     **{f"linear, {k}": v for k, v in asked.items()},
                 }
             )

@@ -1,6 +1,7 @@
 """What a finished run leaves: weights in pieces of at most 16 MB, recipe, history, and a model card made from them."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ def publish(
         "mean": vits.MEAN,
         "std": vits.STD,
         "weights": results.file_hash(*files(out)),
-        "accuracy": records[-1]["accuracy"],
-        "knn": records[-1]["knn"],
-        "knn_untrained": records[0]["knn"],
+        "accuracy": _known(records[-1]["accuracy"]),
+        "knn": _known(records[-1]["knn"]),
+        "knn_untrained": _known(records[0]["knn"]),
         "minutes": records[-1]["seconds"] / 60,
         **facts,
         "provenance": origin,
@@ -103,6 +104,10 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
         f'Load it with `vitregs.backbones.load("{recipe["name"]}")`; train it again with '
         f"`vitregs train {recipe['name']}`.\n\n{settings}\n"
     )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value  # JSON knows no nan
 
 
 def _watching(log: xr.Dataset) -> float:

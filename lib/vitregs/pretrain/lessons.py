@@ -1,5 +1,6 @@
 """Training as a lesson: a short run of every objective, what each is shown, and a run whose norms are watched live."""
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vitregs import draw_training, results
 from vitregs.pretrain import feeds, loop, objectives
-from vitregs.pretrain.recipe import Recipe, parse
+from vitregs.pretrain.recipe import Clip, Dino, DinoV2, Mae, Recipe, parse
 from vitregs.pretrain.recipes import recipe
 from vitregs.problems import Problem
 
@@ -59,6 +60,22 @@ def progress(histories: Mapping[str, xr.Dataset]) -> pd.DataFrame:
         [(n, int(h["step"][-1]), float(h["loss"][1]), float(h["loss"][-1])) for n, h in histories.items()],
         columns=["recipe", "steps", "loss at first", "loss at last"],
     )
+
+
+def chance(chosen: Recipe) -> float:
+    """Loss of a network that knows nothing and says so: recipe → the loss of even scores; KoLeo is left out."""
+    own = chosen.objective
+    match own:
+        case Clip():
+            return math.log(chosen.batch)
+        case Mae():
+            return 1.0  # the variance of a normalised patch
+        case DinoV2():
+            return math.log(own.prototypes) + own.ibot * own.masked_pictures * math.log(own.patch_prototypes)
+        case Dino():
+            return math.log(own.prototypes)
+        case _:
+            return math.log(2)  # of every class
 
 
 def _picture(pixels: Tensor) -> np.ndarray:
