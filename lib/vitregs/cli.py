@@ -130,6 +130,8 @@ def _run(words: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _train(words: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     from vitregs.pretrain import loop, recipe, recipes
 
     if words.list:
@@ -151,6 +153,7 @@ def _train(words: argparse.Namespace) -> None:
         resume=not words.restart,
         minutes=words.minutes,
         compiled=False if words.eager else None,
+        report=tqdm.write,
     )
     if done:
         print(done)
