@@ -1,9 +1,10 @@
-"""The laboratory log quotes only what stored runs say."""
+"""The laboratory log and the chapters quote only what stored runs say."""
 
 import numpy as np
 import pytest
 
-from vitregs import artifacts, backbones, results
+from vitregs import artifacts, backbones, images, results, scenes, tables
+from vitregs.pretrain import history
 
 DEIT = results.ROOT / "data" / "results" / "deit_tiny_on_coco"
 MODEL = "deit_tiny_patch16_224.nc"
@@ -41,3 +42,49 @@ def test_the_upper_branch_of_the_register_model_comes_and_goes(step: int, share:
     counts = then["hist"].values
     above = counts[then["bin"].values > 2.5 * float(then["median"])].sum() / counts.sum()
     assert above == pytest.approx(share, abs=0.0006)
+
+
+PAIRS = [f"{o}-pico{r}" for o in ("clip", "mae", "dino", "dinov2") for r in ("", "-reg4")]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_each_objective_has_learned_colours(name: str) -> None:
+    card = backbones.card(name)
+    assert card["linear"]["colour"] > card["linear_untrained"]["colour"] + 0.15
+
+
+@pytest.mark.parametrize("name", [n for n in backbones.zoo() if n not in ("mae-pico", "mae-pico-reg4")])
+def test_outliers_have_not_emerged(name: str) -> None:
+    log = backbones.history(name)
+    assert log is not None
+    assert not history.emerged(log)
+
+
+@pytest.mark.parametrize("name", ["mae-pico", "mae-pico-reg4"])
+def test_mae_meets_the_rule_with_its_objects(name: str) -> None:
+    """The first half of the rule, and the table of chapter 7: hardly an outlier on plain background."""
+    log = backbones.history(name)
+    assert log is not None
+    assert history.emerged(log)
+    norms = results.load(results.ROOT / "data" / "results" / "07_registers" / f"norms.{name}.nc")["value"]
+    truth = scenes.render(norms.sizes["image"], 64, seed=0, first=images.FIRST_SCENE)
+    ground = truth.background_share(8).flatten(1).numpy()
+    row = tables.hunt({name: norms}, {name: ground}).iloc[0]
+    assert (row["emerged"], row["the paper's artifact"]) == ("yes", "no")
+    assert float(row["on background, %"].split()[0]) < 1
+    assert float(row["elsewhere, %"].split()[0]) > 80
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("hunt-femto", 3.9), ("hunt-nano", 3.6), ("hunt-pico", 2.2)])
+def test_wider_networks_have_smaller_ratios(name: str, ratio: float) -> None:
+    log = backbones.history(name)
+    assert log is not None
+    assert history.strongest(log)["top1"] == pytest.approx(ratio, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["hunt-femto", "hunt-nano", "hunt-pico", "hunt-long", "clip-pico"])
+def test_sinks_come_first(name: str) -> None:
+    """More than ten fair shares on one patch within the first thousand steps."""
+    log = backbones.history(name)
+    assert log is not None
+    assert float(log["sink"].sel(kind="patch").max("block").sel(step=slice(0, 1100)).max()) > 10
