@@ -358,3 +358,16 @@ def test_provenance_tells_of_everything(stored: Path) -> None:
 def test_results_go_to_build_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VITREGS_RESULTS", raising=False)
     assert Run("02_norms", device="cpu").folder == results.ROOT / "build" / "results" / "02_norms"
+
+
+def test_colours_of_patches_are_those_of_the_scenes() -> None:
+    run = Run("03_when_outliers_appear", models=[PICO], count=3, size=64, seed=5, device="cpu")
+    found = run.colours(run.backbones[PICO])
+    truth = scenes.render(3, 64, seed=5, first=2**41)
+    assert found.shape == (3, 64)
+    for i in range(3):
+        for p in range(64):
+            y, x = divmod(p, 8)
+            ranks = truth.instances[i, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8].flatten().long().bincount(minlength=7)
+            rank = int(ranks.argmax())
+            assert found[i, p] == (-1 if rank == 0 else int(truth.objects[i, rank - 1, 1]))

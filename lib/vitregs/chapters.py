@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from vitregs import backbones, results
+from vitregs import backbones, results, scenes
 from vitregs import images as pictures
 from vitregs.backbones import Backbone
 from vitregs.images import Images
@@ -317,6 +317,24 @@ class Run:
                     return None
                 shares.append((mask == 0).reshape(rows, height, columns, width).mean((1, 3)).ravel())
         return np.stack(shares)
+
+    def colours(self, backbone: Backbone) -> np.ndarray | None:
+        """Colour of the object that fills most of each patch: → (pictures, patches) index into scenes.COLOUR_NAMES, -1 for
+        background, or None where the pictures are no scenes."""
+        source = self.pictures(backbone)
+        rows, columns = backbone.grid(source.size)
+        height, width = backbone.patch_size
+        found = []
+        for batch in source.batches():
+            if batch.truth is None:
+                return None
+            ranks = batch.truth.instances.numpy()
+            cut = ranks.reshape(len(ranks), rows, height, columns, width)
+            count = np.stack([(cut == k).sum((2, 4)) for k in range(scenes.MOST_OBJECTS + 1)], -1)
+            which = count.reshape(len(ranks), rows * columns, -1).argmax(-1)
+            colour = np.pad(batch.truth.objects[..., 1].numpy(), ((0, 0), (1, 0)), constant_values=-1)
+            found.append(np.take_along_axis(colour, which, 1))
+        return np.concatenate(found)
 
     def provenance(self) -> "Provenance":
         """Where this page's numbers come from, as a fold-out."""

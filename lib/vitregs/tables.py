@@ -92,7 +92,7 @@ def training(histories: Mapping[str, xr.Dataset]) -> pd.DataFrame:
 
 def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | None]) -> pd.DataFrame:
     """Every model by the rule of the hunt: {model: [image, layer, token]}, {model: background share (pictures, patches) or
-    None} → rows: strongest layer, its top-1-% ratio with a 95 % interval, separation, outliers in per cent of the patches
+    None} → rows: strongest layer, its top-1-% ratio with a 95 % interval, separation, second mode in per cent of the patches
     on pure background and of all others, and whether this is the paper's artifact (Fig 7).
     """
     rows = []
@@ -113,7 +113,7 @@ def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | N
             "the paper's artifact": "?" if there else "no",
         }
         ground = grounds[name]
-        if there and ground is not None:
+        if best.share > 0 and ground is not None:
             marked, _ = artifacts.mark(at, artifacts.cutoff(at), float(best.share))
             part = artifacts.share_by_group(marked, np.where(ground == 1, 0, 1), ("background", "rest")).set_index(
                 "group"
@@ -121,7 +121,8 @@ def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | N
             for group, column in (("background", "on background, %"), ("rest", "elsewhere, %")):
                 share, low, high = 100 * part.loc[group, ["share", "low", "high"]].astype(float)
                 row[column] = f"{share:.1f} [{low:.1f}, {high:.1f}]"
-            row["the paper's artifact"] = "yes" if part.loc["background", "low"] > part.loc["rest", "high"] else "no"
+            prefers = part.loc["background", "low"] > part.loc["rest", "high"]
+            row["the paper's artifact"] = "yes" if there and prefers else "no"
         rows.append(row)
     return pd.DataFrame(rows)
 

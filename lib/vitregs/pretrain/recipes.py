@@ -86,7 +86,7 @@ _ALL = [
     # Real pictures.
     Recipe(
         "tinyimagenet-pico",
-        "TINYABOUT",
+        "10 minutes on one busy CPU core; top-1 0.041 (chance 0.005), linear 0.043 (untrained 0.034)",
         Supervised("ce", 0.1),
         data="zh-plus/tiny-imagenet",
         augment=True,
