@@ -75,7 +75,7 @@ def _wrap(text: str) -> str:
 
 def norm_growth(norms: Mapping[str, xr.DataArray]) -> Figure:
     """How patch norms spread over layers (Fig 4a): {name: [image, layer, token]} → Figure; colour is the share of tokens."""
-    figure, axes = axes_grid(1, len(norms), 4.2 * len(norms), 3.1, sharey=True)
+    figure, axes = axes_grid(1, len(norms), max(3.0, 4.6 - 0.4 * len(norms)) * len(norms), 3.1, sharey=True)
     values = {k: patches(v).transpose("layer", "image", "token").values for k, v in norms.items()}
     edges = norm_edges(*values.values())
     for axis, (name, v) in zip(axes[0], values.items(), strict=True):

@@ -39,8 +39,9 @@ def training(histories: Mapping[str, xr.Dataset], layer: int) -> Figure:
         column[1].plot(
             log["step"], log["largest"].sel(layer=layer) / 10, color=PALETTE[1], label="largest / median ÷ 10"
         )
-        column[1].set(xlabel="training step", ylim=(0, None))
+        column[1].set(xlabel="training step")
         column[1].legend(framealpha=0.5, fontsize=7)
+    axes[1, 0].set_ylim(0, None)  # once all are drawn: the row shares its scale
     axes[0, 0].set_ylabel("L2 norm of patch tokens")
     return figure
 
