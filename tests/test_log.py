@@ -70,9 +70,9 @@ def test_mae_meets_the_rule_with_its_objects(name: str) -> None:
     truth = scenes.render(norms.sizes["image"], 64, seed=0, first=images.FIRST_SCENE)
     ground = truth.background_share(8).flatten(1).numpy()
     row = tables.hunt({name: norms}, {name: ground}).iloc[0]
-    assert (row["emerged"], row["the paper's artifact"]) == ("yes", "no")
-    assert float(row["on background, %"].split()[0]) < 1
-    assert float(row["elsewhere, %"].split()[0]) > 80
+    assert (row["emerged"], row["artifact"]) == ("yes", "no")
+    assert float(row["wall, %"].split()[0]) < 1
+    assert float(row["rest, %"].split()[0]) > 80
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("hunt-femto", 3.9), ("hunt-nano", 3.6), ("hunt-pico", 2.2)])

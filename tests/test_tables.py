@@ -115,11 +115,11 @@ def test_the_hunt_says_where_outliers_sit() -> None:
     found = tables.hunt({"b": a, "o": a, "u": a}, {"b": back, "o": front, "u": None}).set_index("model")
     assert found["emerged"].tolist() == ["yes"] * 3
     assert found["layer"].tolist() == ["1 of 1"] * 3
-    assert found["the paper's artifact"].tolist() == ["yes", "no", "?"]
-    assert found.loc["b", "on background, %"].startswith("12.5 [")
-    assert found.loc["b", "elsewhere, %"] == "0.0 [0.0, 0.0]"
+    assert found["artifact"].tolist() == ["yes", "no", "?"]
+    assert found.loc["b", "wall, %"].startswith("12.5 [")
+    assert found.loc["b", "rest, %"] == "0.0 [0.0, 0.0]"
     quiet = tables.hunt({"q": a.isel(layer=[0, 0]).assign_coords(layer=[0, 1])}, {"q": back}).iloc[0]
-    assert (quiet["emerged"], quiet["the paper's artifact"], quiet["on background, %"]) == ("no", "no", "")
+    assert (quiet["emerged"], quiet["artifact"], quiet["wall, %"]) == ("no", "no", "")
 
 
 def test_emergence_over_training() -> None:

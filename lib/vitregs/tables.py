@@ -92,8 +92,9 @@ def training(histories: Mapping[str, xr.Dataset]) -> pd.DataFrame:
 
 def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | None]) -> pd.DataFrame:
     """Every model by the rule of the hunt: {model: [image, layer, token]}, {model: background share (pictures, patches) or
-    None} → rows: strongest layer, its top-1-% ratio with a 95 % interval, separation, second mode in per cent of the patches
-    on pure background and of all others, and whether this is the paper's artifact (Fig 7).
+    None} → rows: strongest layer, its top-1-% ratio with a 95 % interval, separation (D) and size of its second mode, whether
+    outliers have emerged, the mode in per cent of the patches on plain wall and of all others, and whether this is the
+    paper's artifact (Fig 7).
     """
     rows = []
     for name, a in norms.items():
@@ -104,13 +105,13 @@ def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | N
         row = {
             "model": name,
             "layer": f"{best.layer:.0f} of {int(a['layer'].max())}",
-            "top-1% / median": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-            "separation": round(float(best.separation), 1),
-            "2nd mode, %": round(100 * float(best.share), 1),
+            "top-1% ratio": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+            "D": round(float(best.separation), 1),
+            "mode, %": round(100 * float(best.share), 1),
             "emerged": "yes" if there else "no",
-            "on background, %": "",
-            "elsewhere, %": "",
-            "the paper's artifact": "?" if there else "no",
+            "wall, %": "",
+            "rest, %": "",
+            "artifact": "?" if there else "no",
         }
         ground = grounds[name]
         if best.share > 0 and ground is not None:
@@ -118,11 +119,11 @@ def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | N
             part = artifacts.share_by_group(marked, np.where(ground == 1, 0, 1), ("background", "rest")).set_index(
                 "group"
             )
-            for group, column in (("background", "on background, %"), ("rest", "elsewhere, %")):
+            for group, column in (("background", "wall, %"), ("rest", "rest, %")):
                 share, low, high = 100 * part.loc[group, ["share", "low", "high"]].astype(float)
                 row[column] = f"{share:.1f} [{low:.1f}, {high:.1f}]"
             prefers = part.loc["background", "low"] > part.loc["rest", "high"]
-            row["the paper's artifact"] = "yes" if there and prefers else "no"
+            row["artifact"] = "yes" if there and prefers else "no"
         rows.append(row)
     return pd.DataFrame(rows)
 
