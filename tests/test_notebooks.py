@@ -245,7 +245,7 @@ def test_stored_outputs_come_out_again(chapter: str, fresh: Callable[[str], tupl
     assert list(folder.glob("*.nc")) or chapter not in MODELS, "nothing was measured"
 
 
-@each
+@each_on_models
 def test_stored_figure_data_come_out_again(chapter: str, fresh: Callable[[str], tuple[int, str, Path]]) -> None:
     """nbval compares no pictures, so the arrays behind them are compared.
 
