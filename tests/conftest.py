@@ -1,6 +1,7 @@
 """Shared by all tests: where the local data lie, and a machine that behaves the same everywhere."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real weights and pictures here: set VITREGS_SHARED_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def little_to_watch() -> Iterator[None]:
+    """Fewer held-out pictures, so that a look at a network in training takes no time."""
+    from vitregs.pretrain import loop, scores
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WATCHED", "SCORED", "QUERIES", "BANK"):
+            patch.setattr(loop, name, 16)
+        patch.setattr(scores, "PROBED", 48)
+        yield

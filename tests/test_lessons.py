@@ -1,26 +1,19 @@
 """Lessons: what is shown is what the learners get, short runs are short, and the live figure is one figure."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vitregs import results
-from vitregs.pretrain import lessons, loop, scores
+from vitregs.pretrain import lessons
 from vitregs.pretrain.recipes import recipe
 from vitregs.problems import Problem
 
 SMALL = ["size=femto", "image_size=32", "batch=8", "precision=fp32"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def little_to_watch() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"WATCHED": 16, "SCORED": 16, "QUERIES": 16, "BANK": 16}.items():
-            patch.setattr(loop, name, value)
-        patch.setattr(scores, "PROBED", 48)
-        yield
+pytestmark = pytest.mark.usefixtures("little_to_watch")
 
 
 def test_short_runs_warm_up_in_time() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vitregs import artifacts, backbones, images, results, scenes, tables
+from vitregs import artifacts, backbones, chapters, images, results, scenes, tables
 from vitregs.pretrain import history
 
 DEIT = results.ROOT / "data" / "results" / "deit_tiny_on_coco"
@@ -88,3 +88,29 @@ def test_sinks_come_first(name: str) -> None:
     log = backbones.history(name)
     assert log is not None
     assert float(log["sink"].sel(kind="patch").max("block").sel(step=slice(0, 1100)).max()) > 10
+
+
+def test_clips_minor_mode_tells_pictures_apart() -> None:
+    """2.7 % of the patches at 2.1 x the median, in 8 of 64 pictures, up to 35 patches of one."""
+    norms = results.load(results.ROOT / "data" / "results" / "07_registers" / "norms.clip-pico.nc")["value"]
+    at = norms.sel(layer=4)
+    cut = artifacts.cutoff(at)
+    assert cut.value is None
+    assert (cut.share, cut.ratio) == pytest.approx((0.027, 2.1), abs=0.05)
+    marked, _ = artifacts.mark(at, cut, cut.share)
+    count = artifacts.patches(marked).values.sum(1)
+    assert (len(count), (count > 0).sum(), count.max()) == (64, 8, 35)
+
+
+def test_hunt_pico_marks_two_colours() -> None:
+    """The mode of its last block on the scenes of chapter 3: 98 % of orange, 91 % of red, no other colour, no wall."""
+    norms = results.load(results.ROOT / "data" / "results" / "03_when_outliers_appear" / "norms.hunt-pico.nc")["value"]
+    at = norms.isel(layer=-1)
+    marked = artifacts.outliers(at, artifacts.cutoff(at))
+    run = chapters.Run("03_when_outliers_appear", models=["hunt-pico"], device="cpu")
+    colours = run.colours(run.backbones["hunt-pico"])
+    assert colours is not None
+    share = artifacts.share_by_group(marked, colours, scenes.COLOUR_NAMES).set_index("group")["share"]
+    assert share["orange"] == pytest.approx(0.98, abs=0.01)
+    assert share["red"] == pytest.approx(0.905, abs=0.01)
+    assert share.drop(["orange", "red"]).max() < 0.02

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +37,7 @@ OWN: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def little_to_watch() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"WATCHED": 16, "SCORED": 16, "QUERIES": 16, "BANK": 16}.items():
-            patch.setattr(loop, name, value)
-        patch.setattr(scores, "PROBED", 48)
-        yield
+pytestmark = pytest.mark.usefixtures("little_to_watch")
 
 
 def small(objective: str, **changes: object) -> Recipe:
