@@ -129,7 +129,7 @@ def _is_run(call: ast.Call) -> bool:
 @each
 def test_figures_have_captions_and_words(chapter: str) -> None:
     drawing = [
-        c for c in code(chapter) if re.search(r"\bdraw(_training)?\.", last(c.source)) and "solution" not in tags(c)
+        c for c in code(chapter) if re.search(r"\bdraw(_\w+)?\.", last(c.source)) and "solution" not in tags(c)
     ]
     figures = [c for c in code(chapter) if "mystnb" in c.metadata]
     assert drawing
@@ -259,11 +259,14 @@ def test_stored_figure_data_come_out_again(chapter: str, fresh: Callable[[str], 
     _, report, folder = fresh(chapter)
     assert {p.name for p in folder.glob("*.nc")} == kept.keys(), report[-2000:]
     for name, path in kept.items():
-        old, new = results.load(path)["value"], results.load(folder / name)["value"]
-        assert old.dims == new.dims
-        xr.testing.assert_equal(old.coords.to_dataset(), new.coords.to_dataset())
-        scale = float(np.abs(old).max()) if old.size else 1.0
-        np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-3 * scale, err_msg=name)
+        first, second = results.load(path), results.load(folder / name)
+        xr.testing.assert_equal(first.coords.to_dataset(), second.coords.to_dataset())
+        assert first.data_vars.keys() == second.data_vars.keys()
+        for key, old in first.data_vars.items():
+            new = second[key]
+            assert old.dims == new.dims
+            scale = float(np.nanmax(np.abs(old))) if old.size and old.notnull().any() else 1.0
+            np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-3 * scale, err_msg=f"{name}: {key}")
 
 
 def test_the_comparison_forgives_dates_but_no_numbers() -> None:
@@ -295,14 +298,19 @@ def outputs(file: Path) -> list[Any]:
     return [o for c in nbformat.read(file, as_version=4).cells if c.cell_type == "code" for o in c.outputs]
 
 
+# what a chapter needs of real pictures, where it is not four of Imagenette
+REAL: dict[str, tuple[str, int]] = {}
+
+
 @each_on_models
 def test_a_published_model_on_real_pictures(chapter: str, shared_data: Path, tmp_path: Path) -> None:
     name = "deit_tiny_patch16_224"
+    folder, number = REAL.get(chapter, ("imagenette-224", 4))
     values = {
         "models": [name],
         "weights": [str(shared_data / "deit-tiny" / f"{name}.safetensors")],
-        "images": str(next((shared_data / "imagenette-224").glob("validation*.parquet"))),
-        "count": 4,
+        "images": str(next((shared_data / folder).glob("validation*.parquet"))),
+        "count": number,
         "device": "cpu",
     }
     made = chapters.execute(chapter, values, tmp_path / "out.ipynb", tmp_path / "results")
@@ -311,9 +319,9 @@ def test_a_published_model_on_real_pictures(chapter: str, shared_data: Path, tmp
     assert [o.text for o in found if o.output_type == "stream" and o.name == "stderr"] == []
     assert sum("image/png" in o.get("data", {}) for o in found) == sum("mystnb" in c.metadata for c in code(chapter))
     assert results.file_hash(Path(values["weights"][0]))[:16] in found[-1].data["text/plain"]
-    arrays = [results.load(p)["value"] for p in (tmp_path / "results" / chapter).glob("*.nc")]
+    arrays = [results.load(p) for p in (tmp_path / "results" / chapter).glob("*.nc")]
     assert {str(a["model"].item()) for a in arrays} == {name}
-    assert {a.sizes["image"] for a in arrays if "image" in a.dims} == {4}
+    assert {a.sizes["image"] for a in arrays if "image" in a.dims} <= {number}
 
 
 def test_training_chapters_on_real_pictures(shared_data: Path, tmp_path: Path) -> None:

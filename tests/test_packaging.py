@@ -179,8 +179,9 @@ def modules() -> dict[str, Path]:
 
 def test_every_module_has_its_room() -> None:
     assert modules().keys() == set(ROOMS)
-    for file in LIBRARY.rglob("__init__.py"):
-        assert not [n for n in imports(file)[0] if n.startswith("vitregs")]
+    for file in LIBRARY.rglob("__init__.py"):  # a package may show what its own rooms hold, and no more
+        own = f"vitregs.{file.parent.name}."
+        assert not [n for n in imports(file)[0] if n.startswith("vitregs") and not n.startswith(own)]
 
 
 @pytest.mark.parametrize("name", ROOMS)

@@ -246,8 +246,12 @@ def tidy(text: str) -> str:
     return json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-def _named(how: Callable[[Backbone, Images], xr.DataArray], backbone: Backbone, source: Images) -> xr.Dataset:
-    return how(backbone, source).to_dataset(name="value")
+Measured = xr.DataArray | xr.Dataset
+
+
+def _kept(how: Callable[[Backbone, Images], Measured], backbone: Backbone, source: Images) -> xr.Dataset:
+    found = how(backbone, source)
+    return found if isinstance(found, xr.Dataset) else found.to_dataset(name="value")
 
 
 def _text(how: Callable[..., Any]) -> str:
@@ -285,8 +289,9 @@ class Run:
             self.values["images"], size=size, count=self.values["count"], seed=self.values["seed"], crop=backbone.crop
         )
 
-    def measure(self, name: str, how: Callable[[Backbone, Images], xr.DataArray]) -> dict[str, xr.DataArray]:
-        """Measure every model on the chapter's pictures, or reload it: name of the file, function → {model: array}.
+    def measure(self, name: str, how: Callable[[Backbone, Images], Any]) -> dict[str, Any]:
+        """Measure every model on the chapter's pictures, or reload it: name of the file, function that gives a DataArray or a
+        Dataset → {model: the same}.
 
         A stored array is used only for the same function, as it is written, under the same parameters.
         """
@@ -297,7 +302,8 @@ class Run:
             source = self.pictures(backbone)
             key = {"what": name, "how": _text(how), "weights": backbone.weights, **given, **source.key}
             path = self.folder / f"{name}.{model}.nc"
-            found[model] = results.stored(path, partial(_named, how, backbone, source), key=key)["value"]
+            data = results.stored(path, partial(_kept, how, backbone, source), key=key)
+            found[model] = data["value"] if list(data.data_vars) == ["value"] else data
         return found
 
     def preview(self, backbone: Backbone, count: int) -> np.ndarray:
