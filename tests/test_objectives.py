@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitregs import scenes
+from vitregs import backbones, scenes
 from vitregs.pretrain import augment, clip, dino, dinov2, feeds, mae, objectives, schedules, supervised, text, vits
 from vitregs.pretrain.recipe import Clip, Dino, DinoV2, Mae, Recipe, Supervised
 
@@ -489,3 +489,21 @@ def test_tokens_and_positions_do_not_decay(name: str) -> None:
 
 
 assert {m.__name__.split(".")[-1] for m in (supervised, clip, mae, dino, dinov2)} == set(OWN)
+
+
+def test_the_text_side_of_clip_is_enough_for_zero_shot() -> None:
+    _, feed, learner = made("clip")
+    batch = feed.held(24)
+    side = learner.text_side()
+    cls = vits.encode(learner.vit, batch.pixels)[:, 0]
+    said = (F.normalize(cls @ side["project"].T, dim=1) @ side["prompts"].T).argmax(1)
+    assert learner.score(batch) == pytest.approx(float(batch.labels.gather(1, said[:, None]).float().mean()))
+
+
+def test_the_zoo_keeps_the_text_side_of_clip_alone() -> None:
+    for name in backbones.zoo():
+        side = backbones.words(name)
+        assert (side is not None) == (backbones.card(name)["recipe"]["objective"] == "clip"), name
+        if side is not None:
+            assert side["prompts"].shape == (len(scenes.CLASSES), side["project"].shape[0])
+            assert close(side["prompts"].norm(dim=1), torch.ones(len(scenes.CLASSES)))

@@ -158,20 +158,26 @@ def share_by_group(marked: xr.DataArray, group: np.ndarray, names: Sequence[str]
     each patch (image, patch) (-1 leaves it out), names → rows with share, low, high (95 %; nan without tokens), tokens.
     """
     patch = patches(marked).transpose("image", "token").values
-    rng = np.random.default_rng(0)
-    pick = rng.integers(0, len(patch), (draws, len(patch)))
     rows = []
     for g, name in enumerate(names):
         here = group == g
-        hits, total = (patch & here).sum(1), here.sum(1)
-        tokens = int(total.sum())
-        share, low, high = np.nan, np.nan, np.nan
-        if tokens:
-            drawn = total[pick].sum(1)
-            low, high = np.quantile(hits[pick].sum(1)[drawn > 0] / drawn[drawn > 0], [0.025, 0.975])
-            share = hits.sum() / tokens
-        rows.append({"group": name, "share": share, "low": low, "high": high, "tokens": tokens})
+        share, low, high = ratio((patch & here).sum(1), here.sum(1), draws=draws)
+        rows.append({"group": name, "share": share, "low": low, "high": high, "tokens": int(here.sum())})
     return pd.DataFrame(rows)
+
+
+def ratio(sums: ArrayLike, counts: ArrayLike, *, draws: int = 1000) -> tuple[float, float, float]:
+    """Sum over count with a 95 % bootstrap over pictures: per-picture sums and counts (pictures,) → value, low, high.
+
+    nan where nothing is counted.
+    """
+    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+    if not counts.sum():
+        return np.nan, np.nan, np.nan
+    pick = np.random.default_rng(0).integers(0, len(sums), (draws, len(sums)))
+    drawn = counts[pick].sum(1)
+    low, high = np.quantile(sums[pick].sum(1)[drawn > 0] / drawn[drawn > 0], [0.025, 0.975])
+    return float(sums.sum() / counts.sum()), float(low), float(high)
 
 
 def interval(values: ArrayLike, *, draws: int = 2000, of: Callable[..., Any] = np.mean) -> tuple[float, float, float]:
@@ -190,6 +196,31 @@ def mark(norms: xr.DataArray, cut: Cutoff, share: float) -> tuple[xr.DataArray, 
         return outliers(norms, cut), "outliers"
     top = float(np.quantile(patches(norms).values, 1 - share))
     return (norms > top).rename("stand-in"), f"top {100 * share:g} % of norms"
+
+
+def mark_each(norms: xr.DataArray, cut: Cutoff, missing: str = "largest") -> tuple[xr.DataArray, str]:
+    """Mark outliers in every picture: [image, token], its Cutoff, what happens to pictures without → bool [image, token] and
+    what is marked, in words.
+
+    "largest": the patch of the largest norm stands in; "drop": such pictures have no mark. (Section 2.4 leaves it open.)
+    """
+    if missing not in ("largest", "drop"):
+        raise Problem(f"missing must be largest or drop, not {missing!r}")
+    marked = outliers(norms, cut)
+    bare = ~patches(marked).any("token")
+    text = "outliers" if cut.value is not None else "no outlier mode"
+    if missing == "drop" or not bool(bare.any()):
+        return marked, text
+    at = patches(norms).values.argmax(patches(norms).get_axis_num("token"))
+    first = int(np.flatnonzero(norms["kind"] == "patch")[0])
+    top = xr.DataArray(np.arange(norms.sizes["token"]) == (first + at)[:, None], dims=("image", "token"))
+    text = (
+        "the largest norm of each picture"
+        if cut.value is None
+        else f"outliers; in {100 * float(bare.mean()):.0f} % of "
+    )
+    text += "" if cut.value is None else "the pictures, which have none, the largest norm"
+    return (marked | (top & bare)).transpose(*norms.dims), text
 
 
 def peak_share(attention: xr.DataArray) -> xr.DataArray:

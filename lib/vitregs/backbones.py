@@ -206,6 +206,13 @@ def card(name: str) -> dict[str, Any]:
         ) from error
 
 
+def words(name: str) -> dict[str, Tensor] | None:
+    """The text side of a zoo model for zero-shot classification: name → project (embed, width) and prompts (classes, embed), unit
+    vectors in the order of scenes.CLASSES; None for a model without."""
+    file = ZOO / name / "words.safetensors"
+    return read_weights(file) if name in zoo() and file.exists() else None
+
+
 def load(name: str, *, weights: str | Path | None = None, device: str = "auto") -> Backbone:
     """Load a ViT by name: zoo name or timm name, a weight file instead of the published one, device → Backbone.
 

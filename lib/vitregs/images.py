@@ -23,7 +23,8 @@ from vitregs.problems import Problem, hub
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("validation", "valid", "val", "test", "train")  # the first that exists is the default
-LABELS, BOXES, MASKS = ("label", "fine_label", "labels"), ("boxes", "box"), ("mask", "annotation")
+PICTURES = ("image", "img", "webp", "jpg")  # columns, as data sets name them; the last two are those of webdataset
+LABELS, BOXES, MASKS = ("label", "fine_label", "labels", "cls", "npy"), ("boxes", "box"), ("mask", "annotation")
 FIRST_SCENE = 2**41  # far behind every scene that a training run sees
 SHUFFLE = 1000  # pictures in the shuffle buffer of a source that can only be streamed
 
@@ -99,11 +100,12 @@ class Hub:
             what += "" if files else "set of that name (no network, or no such name)"
             raise Problem(f"cannot load pictures from {name!r}: {what}") from error
         columns = list(self.rows.features or {})
-        if "image" not in columns and "img" not in columns:
+        found = next((c for c in PICTURES if c in columns), None)
+        if found is None:
             raise Problem(f"{name} has no image column, only {', '.join(columns)}")
         import datasets
 
-        self.column = "image" if "image" in columns else "img"
+        self.column = found
         for key in [self.column, *(m for m in MASKS if m in columns)]:
             self.rows = self.rows.cast_column(key, datasets.Image(decode=False))
         self.keys = [next((k for k in options if k in columns), None) for options in (LABELS, BOXES, MASKS)]

@@ -16,17 +16,28 @@ from vitregs.pretrain import history, vits
 from vitregs.pretrain.recipe import Recipe
 
 LARGEST = "16MB"
+WORDS = "words.safetensors"
 
 
 def publish(
-    recipe: Recipe, net: Any, records: list[dict[str, Any]], out: Path, origin: dict[str, str], facts: dict[str, Any]
+    recipe: Recipe,
+    net: Any,
+    records: list[dict[str, Any]],
+    out: Path,
+    origin: dict[str, str],
+    facts: dict[str, Any],
+    words: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write a zoo entry: recipe, network, records of the run, folder, provenance, further facts → the folder.
+    """Write a zoo entry: recipe, network, records of the run, folder, provenance, further facts, the text side of a CLIP model
+    for zero-shot classification → the folder.
 
     Raises Problem for a disk that cannot be written.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     _weights(state, out)
+    if words:
+        text = {k: v.detach().cpu().contiguous() for k, v in words.items()}
+        results.write_whole(out / WORDS, partial(_tensors, text))
     log = history.dataset(records)
     log.attrs.update(origin, recipe=json.dumps(recipe.facts(), sort_keys=True))
     results.save(log, out / "history.nc")
@@ -43,9 +54,9 @@ def publish(
         **facts,
         "provenance": origin,
     }
-    text = json.dumps(card, indent=1, sort_keys=True) + "\n"
-    for name, words in (("recipe.json", text), ("README.md", describe(json.loads(text), log))):
-        results.write_whole(out / name, partial(_text, words))
+    facts_text = json.dumps(card, indent=1, sort_keys=True) + "\n"
+    for name, page in (("recipe.json", facts_text), ("README.md", describe(json.loads(facts_text), log))):
+        results.write_whole(out / name, partial(_text, page))
     return out
 
 

@@ -67,6 +67,11 @@ class Learner(nn.Module):
         return ClipLoss(local_loss=True, gather_with_grad=True, **place)(pictures, sentences, scale)
 
     @torch.no_grad()
+    def text_side(self) -> dict[str, Tensor]:
+        """What zero-shot classification needs: → project (embed, width), prompts (classes, embed), which are unit vectors."""
+        return {"project": self.project.weight, "prompts": self.sentences(self.prompts.to(self.scale.device))}
+
+    @torch.no_grad()
     def score(self, batch: Batch) -> float:
         """Zero-shot accuracy: share of pictures whose nearest class prompt names a class in view."""
         prompts = self.sentences(self.prompts.to(batch.pixels.device))

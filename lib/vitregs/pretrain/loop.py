@@ -164,7 +164,8 @@ def train(
                 facts[name] = scores.final(snapshot(recipe, net.eval()), feed)
         if isinstance(feed, feeds.PictureFeed):
             facts |= {"pictures": feed.trained, "fingerprint": feed.fingerprint}
-        done = cards.publish(recipe, learner.published, records, out, origin, facts)
+        words = learner.eval().text_side() if hasattr(learner, "text_side") else None
+        done = cards.publish(recipe, learner.published, records, out, origin, facts, words)
     if world > 1:
         dist.barrier()  # a process that left early would bring the others down
         dist.destroy_process_group()

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from vitregs.backbones import Backbone
 from vitregs.pretrain.feeds import Batch, Feed
+from vitregs.probes import logistic
+from vitregs.probes.classes import vote
 
 NEIGHBOURS = 10
 PROBED = 3072  # held-out pictures of the final score; a third of them is scored, the rest teaches the classifier
@@ -31,10 +33,9 @@ def knn(backbone: Backbone, bank: Batch, queries: Batch, neighbours: int = NEIGH
     known = bank.label >= 0
     if not bool(known.any()):
         return float("nan")
-    alike = features(backbone, queries.pixels) @ features(backbone, bank.pixels[known]).T
-    near, at = alike.topk(min(neighbours, alike.shape[1]))
-    votes = F.one_hot(bank.label[known][at], bank.labels.shape[1]) * (near / 0.07).exp()[..., None]
-    return right(queries, votes.sum(1).argmax(1))
+    marks = F.one_hot(bank.label[known], bank.labels.shape[1])
+    votes = vote(features(backbone, bank.pixels[known]), marks, features(backbone, queries.pixels), neighbours)
+    return right(queries, votes.argmax(1))
 
 
 def right(batch: Batch, said: Tensor) -> float:
@@ -45,20 +46,8 @@ def right(batch: Batch, said: Tensor) -> float:
 def linear(train: Tensor, label: Tensor, test: Tensor) -> Tensor:
     """Logistic regression to convergence on standardised features: (n, d), classes (n,), (m, d) → classes (m,)."""
     mean, spread = train.mean(0), train.std(0) + 1e-6
-    x, y = (train - mean) / spread, (test - mean) / spread
-    classes = int(label.max()) + 1
-    weight = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
-    bias = torch.zeros(classes, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def cost() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, label) + DECAY * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(cost)  # type: ignore[arg-type]  # the stubs want a float
-    return (y @ weight + bias).argmax(1)
+    strength = 1 / (2 * DECAY * len(train))
+    return logistic.path((train - mean) / spread, label, [strength]).logits((test - mean) / spread)[0].argmax(1)
 
 
 def final(backbone: Backbone, feed: Feed) -> dict[str, float]:
