@@ -1,5 +1,6 @@
 """Classes from frozen features: planted answers found where they are and nowhere else, metrics by hand, named mistakes."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,10 +133,22 @@ def test_marks_are_scored_by_mean_average_precision() -> None:
 
 def test_average_precision_by_hand() -> None:
     """Ranked true, false, true: precision 1 up to recall 0.5, then 2/3: 6 of 11 recalls at 1, 5 at 2/3."""
-    assert classes.average_precision(np.array([3.0, 2, 1]), np.array([True, False, True])) == pytest.approx(
-        (6 + 5 * 2 / 3) / 11
+    found = classes.average_precision(
+        np.array([[3.0, 0], [2, 0], [1, 0]]), np.array([[True, False], [False, False], [True, False]])
     )
-    assert np.isnan(classes.average_precision(np.zeros(2), np.zeros(2, bool)))
+    assert found[0] == pytest.approx((6 + 5 * 2 / 3) / 11)
+    assert np.isnan(found[1])
+
+
+def test_average_precision_is_that_of_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    scores, true = rng.normal(size=(40, 6)), rng.random((40, 6)) < 0.3
+    for k, found in enumerate(classes.average_precision(scores, true)):
+        order = np.argsort(-scores[:, k])
+        hits = true[order, k]
+        precision, recall = np.cumsum(hits) / np.arange(1, 41), np.cumsum(hits) / hits.sum()
+        slow = np.mean([max(precision[recall >= r / 10 - 1e-12]) for r in range(11)])
+        assert found == pytest.approx(slow)
 
 
 def test_the_mean_over_classes_weighs_them_alike() -> None:
@@ -267,3 +280,13 @@ def test_a_published_model_tells_real_classes(shared_data: Any) -> None:
     assert float(score.sel(token="cls")) > 0.85
     assert float(score.sel(token="cls")) > float(score.sel(token="normal")) > 0.3
     assert int(found["n"].sel(token="cls", task="Imagenette")) == 80
+
+
+def test_real_sets_by_name(shared_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "CIFAR-10").symlink_to(shared_data / "cifar10")
+    backbone = backbones.load("clip-pico", device="cpu")
+    found = classes.classify_sets(
+        backbone, ["CIFAR-10"], folder=str(tmp_path), taught=60, asked=40, seeds=(0,), strengths=(1e-2, 1.0)
+    )
+    assert found["task"].values.tolist() == ["CIFAR-10"]
+    assert int(found["n"].sel(token="cls").item()) == 40

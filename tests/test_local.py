@@ -113,7 +113,8 @@ def test_a_group_without_tokens_has_no_score() -> None:
     assert np.isnan(found["score"].sel(quantity="top1", group="outlier"))
     assert float(found["score"].sel(quantity="top1", group="normal")) == 1
     own = local.locate(states(place_codes(30, 0.05)), states(np.zeros((30, PLACES), bool)), own=True)
-    assert np.isnan(own["score"].sel(quantity="top1", group="all"))
+    assert np.isnan(own["score"].sel(quantity="top1", group="outlier"))
+    assert float(own["score"].sel(quantity="top1", group="all")) == 1
 
 
 def test_patches_are_cut_row_after_row() -> None:
@@ -125,6 +126,20 @@ def test_patches_are_cut_row_after_row() -> None:
     torch.testing.assert_close(cut[1, 4], normal[1, :, 16:32, 16:32].flatten())
     source = images.load("scenes", size=(32, 48), count=5)
     np.testing.assert_array_equal(local.pixels(backbone, source, 2), local.pixels(backbone, source, 5))
+
+
+def test_normal_patches_on_objects_are_a_group_of_their_own() -> None:
+    """A control for outliers that are objects: half of the patches are objects, and only these have lost their place."""
+    values, marked = place_codes(60, 0.05), marks(60)
+    ground = np.tile(np.arange(PLACES) % 2, (60, 1)).astype(float)
+    values[ground == 0] = np.random.default_rng(2).normal(size=(60 * PLACES // 2, 16))
+    found = local.locate(states(values), marked, ground)
+    top1 = found["score"].sel(quantity="top1")
+    assert found["group"].values.tolist() == ["all", "normal", "outlier", "normal on objects"]
+    assert float(top1.sel(group="normal on objects")) < 0.2
+    assert float(top1.sel(group="normal")) > 0.4
+    with pytest.raises(Problem, match=r"masks of \(60, 23\) tokens do not fit states of \(60, 24\)"):
+        local.locate(states(values), marked, ground[:, 1:])
 
 
 def test_mistakes_are_named() -> None:

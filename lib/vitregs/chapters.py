@@ -314,15 +314,7 @@ class Run:
     def background(self, backbone: Backbone) -> np.ndarray | None:
         """Share of background (mask 0) in every patch: → (pictures, patches) in [0, 1], or None without masks."""
         source = self.pictures(backbone)
-        rows, columns = backbone.grid(source.size)
-        height, width = backbone.patch_size
-        shares = []
-        for batch in source.batches():
-            for mask in batch.masks:
-                if mask is None:
-                    return None
-                shares.append((mask == 0).reshape(rows, height, columns, width).mean((1, 3)).ravel())
-        return np.stack(shares)
+        return source.background(backbone.grid(source.size))
 
     def colours(self, backbone: Backbone) -> np.ndarray | None:
         """Colour of the object that fills most of each patch: → (pictures, patches) index into scenes.COLOUR_NAMES, -1 for

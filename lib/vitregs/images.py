@@ -203,6 +203,19 @@ class Images:
                 stacklevel=2,
             )
 
+    def background(self, grid: tuple[int, int]) -> np.ndarray | None:
+        """Share of background (mask 0) in every patch of a grid (rows, columns): → (pictures, patches) in [0, 1], or None if not
+        all pictures have masks."""
+        (rows, columns), (height, width) = grid, self.size
+        shares = []
+        for batch in self.batches():
+            for mask in batch.masks:
+                if mask is None:
+                    return None
+                cut = (mask == 0).reshape(rows, height // rows, columns, width // columns)
+                shares.append(cut.mean((1, 3)).ravel())
+        return np.stack(shares)
+
     def _scenes(self, batch: int) -> Iterator[Batch]:
         total = self.count or 1000
         for first in range(0, total, batch):

@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from vitregs import artifacts
+from vitregs import artifacts, capture
 from vitregs.backbones import Backbone
 from vitregs.images import Images
 from vitregs.probes import logistic
@@ -36,16 +36,18 @@ def pixels(backbone: Backbone, images: Images, batch: int = 64) -> np.ndarray:
     return torch.cat([cut(backbone, part) for part in images.pixels(batch)]).numpy()
 
 
-def _groups(states: xr.DataArray, marked: xr.DataArray) -> dict[str, np.ndarray]:
-    """Groups of patches, (images, patches) bool each: all, normal, outlier. Raises Problem for marks that do not fit."""
+def _groups(states: xr.DataArray, marked: xr.DataArray, ground: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Groups of patches, (images, patches) bool each: all, normal, outlier and, with the background's share, normal patches on
+    objects, for outliers that are objects. Raises Problem for marks that do not fit."""
     if bool((states["kind"] != "patch").any()):
         raise Problem("local probes ask patch tokens only: leave CLS and registers out")
     hot = artifacts.patches(marked).transpose("image", "token").values
-    if hot.shape != (states.sizes["image"], states.sizes["token"]):
-        raise Problem(
-            f"marks of {hot.shape} tokens do not fit states of {(states.sizes['image'], states.sizes['token'])}"
-        )
-    return {"all": np.ones_like(hot), "normal": ~hot, "outlier": hot}
+    shape = (states.sizes["image"], states.sizes["token"])
+    for what, given in (("marks", hot), ("masks", ground)):
+        if given is not None and given.shape != shape:
+            raise Problem(f"{what} of {given.shape} tokens do not fit states of {shape}")
+    groups = {"all": np.ones_like(hot), "normal": ~hot, "outlier": hot}
+    return groups if ground is None else groups | {"normal on objects": ~hot & (ground < 0.5)}
 
 
 def _split(count: int) -> np.ndarray:
@@ -74,14 +76,17 @@ def _table(scores: Mapping[str, Mapping[str, tuple[float, float, float]]], count
     )
 
 
-def locate(states: xr.DataArray, marked: xr.DataArray, *, own: bool = False, seed: int = 0) -> xr.Dataset:
+def locate(
+    states: xr.DataArray, marked: xr.DataArray, ground: np.ndarray | None = None, *, own: bool = False, seed: int = 0
+) -> xr.Dataset:
     """Predict a patch's place in the grid from its token by a linear classifier: states [image, token, channel] of patches, marks
-    [image, token], whether each group gets its own probe → Dataset[quantity, group]: top1 (share of tokens) and distance (mean
-    Euclidean, in patches, from the predicted to the true cell) with 95 % intervals over pictures, tokens (Fig 5b, Table 5).
+    [image, token], share of background (images, patches), whether normal patches and outliers get a probe each →
+    Dataset[quantity, group]: top1 (share of tokens) and distance (mean Euclidean, in patches, from the predicted to the true
+    cell) with 95 % intervals over pictures, tokens (Fig 5b, Table 5).
 
     nan for a group without tokens. Raises Problem for a grid of one patch, too few pictures, and states that are not finite.
     """
-    groups = _groups(states, marked)
+    groups = _groups(states, marked, ground)
     teach = _split(states.sizes["image"])
     x = states.transpose("image", "token", "channel").values
     place = np.stack([states["y"].values, states["x"].values], 1)
@@ -91,7 +96,7 @@ def locate(states: xr.DataArray, marked: xr.DataArray, *, own: bool = False, see
     for name in ("normal", "outlier") if own else ("all",):
         chosen = groups[name] & teach[:, None]
         if len(np.unique(chosen.nonzero()[1])) < 2:  # nothing to learn from, so nothing is scored
-            groups |= {g: m & False for g, m in groups.items() if g in (name, "all")}
+            groups |= {g: m & ~groups[name] for g, m in groups.items()}
             continue
         image, patch = _sample(chosen, seed)
         said = _place(torch.from_numpy(x[image, patch]), torch.from_numpy(patch), torch.from_numpy(x[~teach]))
@@ -119,7 +124,13 @@ def _place(x: Tensor, patch: Tensor, test: Tensor) -> np.ndarray:
 
 
 def reconstruct(
-    states: xr.DataArray, pixels: np.ndarray, marked: xr.DataArray, *, own: bool = False, seed: int = 0
+    states: xr.DataArray,
+    pixels: np.ndarray,
+    marked: xr.DataArray,
+    ground: np.ndarray | None = None,
+    *,
+    own: bool = False,
+    seed: int = 0,
 ) -> xr.Dataset:
     """Predict a patch's pixels from its token by ridge regression: states [image, token, channel] of patches, pixels (images,
     patches, values) as `pixels` gives them, marks → Dataset[quantity, group] with 95 % intervals over pictures (Fig 5b, Table 5).
@@ -128,7 +139,7 @@ def reconstruct(
 
     The penalty is chosen on a tenth of the teaching tokens. Raises Problem as `locate` does, and for pixels that do not fit.
     """
-    groups = _groups(states, marked)
+    groups = _groups(states, marked, ground)
     teach = _split(states.sizes["image"])
     x = states.transpose("image", "token", "channel").values
     if pixels.shape[:2] != x.shape[:2]:
@@ -138,7 +149,7 @@ def reconstruct(
     for name in ("normal", "outlier") if own else ("all",):
         chosen = groups[name] & teach[:, None]
         if chosen.sum() < 2:
-            groups |= {g: m & False for g, m in groups.items() if g in (name, "all")}
+            groups |= {g: m & ~groups[name] for g, m in groups.items()}
             continue
         image, patch = _sample(chosen, seed)
         mean = pixels[image, patch].mean(0)
@@ -176,3 +187,29 @@ def _ridge(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
     best = RIDGES[int(np.argmin(errors))]
     spread, turn, load = solve(slice(None))
     return test @ (turn @ (load / (spread + best * unit)[:, None])) + level
+
+
+def probe(
+    backbone: Backbone,
+    images: Images,
+    *,
+    missing: str = "largest",
+    layer: int = -1,
+    final_norm: bool = True,
+    own: bool = False,
+    batch: int = 32,
+) -> xr.Dataset:
+    """Positions and pixels from the patch tokens of pictures: backbone, pictures → Dataset[quantity, group] of `locate` and
+    `reconstruct`; the attribute `marked` says what stands for outliers, which are those of `artifacts.mark_each` at the layer.
+    """
+    norms = capture.norms(backbone, images, layers=[layer], batch=batch).isel(layer=0)
+    marked, words = artifacts.mark_each(norms, artifacts.cutoff(norms), missing)
+    ground = images.background(backbone.grid(images.size))
+    states = capture.tokens(backbone, images, layer=layer, final_norm=final_norm, batch=batch)
+    places = locate(states, marked, ground, own=own)
+    seen = reconstruct(states, pixels(backbone, images, batch), marked, ground, own=own)
+    return (
+        xr.concat([places, seen], "quantity", data_vars="minimal")
+        .assign_coords(model=backbone.name)
+        .assign_attrs(marked=words)
+    )

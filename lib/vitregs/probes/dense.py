@@ -1,0 +1,276 @@
+"""Dense probes: what the patch tokens tell of every pixel, by one linear layer (Table 2a, Fig 8).
+
+The head is a batch normalisation and a 1x1 convolution (sections 2.6, 2.7). Both are linear, so they act on patches, and
+what they say is interpolated to the pixels. Each step sees some pictures and some pixels of each, which leaves the mean
+of the loss as it is and its cost small. The statistics of the normalisation are those of all teaching tokens.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from torch import Tensor, nn
+
+from vitregs import artifacts
+from vitregs.problems import Problem
+
+SHARE = 0.67  # of the pictures teach, the first ones
+STEPS, BATCH = 400, 16  # the paper's heads see 40,000 steps of 16 pictures
+POINTS = 128  # pixels that a step draws in each picture
+RATE, DECAY, WARM = 1e-2, 1e-4, 0.04  # of AdamW: largest rate, weight decay, part of the steps in which the rate rises
+LIMIT = 2**24  # numbers in one block of interpolated scores: bounds the memory
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _teach(count: int, share: float) -> np.ndarray:
+    """Which pictures teach: the first ones. Raises Problem for fewer than two on either side."""
+    if not 0 < share < 1:
+        raise Problem(f"the share of pictures that teach must lie between 0 and 1, not {share}")
+    teach = np.arange(count) < round(share * count)
+    if min(teach.sum(), (~teach).sum()) < 2:
+        raise Problem(f"{count} pictures are too few to teach with some and score others")
+    return teach
+
+
+def _maps(features: xr.DataArray) -> np.ndarray:
+    """Patch tokens folded into maps: [image, token, channel] → (images, rows, columns, channels). Raises Problem for others."""
+    if bool((features["kind"] != "patch").any()):
+        raise Problem("dense probes ask patch tokens only: leave CLS and registers out")
+    rows, columns = int(features["y"].max()) + 1, int(features["x"].max()) + 1
+    values = features.transpose("image", "token", "channel").values
+    if not np.isfinite(values).all():
+        raise Problem("the features are not finite: the weights or the pixels are broken")
+    return values.reshape(len(values), rows, columns, -1)
+
+
+def _truth(maps: np.ndarray, given: Sequence[np.ndarray | None] | np.ndarray, what: str) -> np.ndarray:
+    """Check masks or depths against maps (images, rows, columns, channels): → (images, H, W)."""
+    missing = sum(g is None for g in given)
+    if missing:
+        raise Problem(f"{missing} of {len(given)} pictures have no {what}: keep those that have one")
+    if len(given) != len(maps):
+        raise Problem(f"there are {what}s of {len(given)} pictures for features of {len(maps)}")
+    sizes = {np.shape(g) for g in given}
+    rows, columns = maps.shape[1:3]
+    for size in sizes:
+        if len(sizes) > 1 or len(size) != 2 or size[0] % rows or size[1] % columns:
+            shown = " and ".join("x".join(map(str, s)) for s in sorted(sizes)[:2])
+            raise Problem(f"a {what} of {shown} pixels does not fit a grid of {rows}x{columns} patches")
+    return np.stack([np.asarray(g) for g in given])
+
+
+def _along(cells: int, pixels: int) -> Tensor:
+    """Weights of cells in pixels along one side, as torch interpolates: → (pixels, cells), rows summing to 1."""
+    return F.interpolate(torch.eye(cells)[None], size=pixels, mode="linear", align_corners=False)[0].T
+
+
+class _Head(nn.Module):
+    """Normalisation with fixed statistics and a linear layer: (…, channels) → (…, outputs)."""
+
+    def __init__(self, x: Tensor, outputs: int, rng: np.random.Generator) -> None:
+        super().__init__()
+        flat = x.flatten(0, -2)
+        self.mean, self.scale = flat.mean(0), 1 / (flat.std(0) + 1e-6)
+        self.linear = nn.Linear(x.shape[-1], outputs, device=x.device)
+        first = 0.01 * rng.standard_normal((outputs, x.shape[-1]))
+        self.linear.weight.data.copy_(torch.from_numpy(first))
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear((x - self.mean) * self.scale)
+
+
+def _fit(x: Tensor, truth: Tensor, outputs: int, loss: Loss, *, steps: int, seed: int) -> _Head:
+    """Teach a head by AdamW: maps (n, rows, columns, channels), truth (n, H, W), loss of (pictures, pixels, outputs) and the truth
+    there → _Head."""
+    if steps < 1:
+        raise Problem(f"steps must be 1 or more, not {steps}")
+    (n, rows, columns, _), (height, width) = x.shape, truth.shape[1:]
+    down, across = (_along(*s).to(x.device) for s in ((rows, height), (columns, width)))
+    rng = np.random.default_rng(seed)
+    head = _Head(x, outputs, rng)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=DECAY)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = RATE * min((step + 1) / (WARM * steps), 1 - step / steps)
+        pick = torch.from_numpy(rng.permutation(n)[:BATCH]).to(x.device)
+        y, z = (torch.from_numpy(rng.integers(0, s, (len(pick), POINTS))).to(x.device) for s in (height, width))
+        weights = (down[y][..., :, None] * across[z][..., None, :]).flatten(2)
+        said = weights @ head(x[pick]).flatten(1, 2)
+        optimiser.zero_grad()
+        loss(said, truth[pick[:, None], y, z]).backward()
+        optimiser.step()
+    return head.requires_grad_(False)
+
+
+def _everywhere(head: _Head, x: Tensor, size: tuple[int, int], reduce: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """What a head says at every pixel: maps (n, rows, columns, channels), reduce of (b, outputs, H, W) → (n, H, W)."""
+    parts = []
+    for part in x.split(max(1, LIMIT // (head.linear.out_features * size[0] * size[1]))):
+        said = head(part).permute(0, 3, 1, 2)
+        parts.append(reduce(F.interpolate(said, size=size, mode="bilinear", align_corners=False)).cpu())
+    return torch.cat(parts).numpy()
+
+
+def miou(counts: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Mean intersection over union of the classes that occur in truth or prediction: counts (…, 2, classes) of pixels that agree
+    and of both sides together, summed over an axis of pictures first → (…)."""
+    total = counts.sum(axis)
+    both, union = total[..., 0, :], total[..., 1, :] - total[..., 0, :]
+    share = np.divide(both, union, out=np.zeros(both.shape), where=union > 0)
+    return share.sum(-1) / np.maximum((union > 0).sum(-1), 1)
+
+
+def counts(confusion: np.ndarray) -> np.ndarray:
+    """What `miou` needs of confusion matrices: (images, truth, said) → (images, 2, classes)."""
+    return np.stack([np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(1) + confusion.sum(2)], 1).astype(float)
+
+
+def _confusion(true: np.ndarray, said: np.ndarray, valid: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels by class and by what was said, for every picture: (n, H, W) each → (n, truth, said)."""
+    pair = true.astype(np.int64) * classes + said
+    found = [np.bincount(p[v], minlength=classes**2) for p, v in zip(pair, valid, strict=True)]
+    return np.stack(found).reshape(-1, classes, classes).astype(np.int32)
+
+
+def ceiling(masks: np.ndarray, grid: tuple[int, int], classes: int) -> np.ndarray:
+    """What patches could tell that know the share of every class in themselves: masks (n, H, W), (rows, columns) → (n, H, W)
+    classes after interpolation. Its score shows what is lost to the size of the patches alone."""
+    (rows, columns), (n, height, width) = grid, masks.shape
+    cut = masks.reshape(n, rows, height // rows, columns, width // columns)
+    share = np.stack([(cut == k).mean((2, 4), dtype=np.float32) for k in range(classes)], 1)
+    said = [
+        F.interpolate(s[None], size=(height, width), mode="bilinear", align_corners=False)[0].argmax(0)
+        for s in torch.from_numpy(share)
+    ]
+    return torch.stack(said).numpy()
+
+
+def segment(
+    features: xr.DataArray,
+    masks: Sequence[np.ndarray | None] | np.ndarray,
+    *,
+    classes: int,
+    ignore: int | None = None,
+    share: float = SHARE,
+    seed: int = 0,
+    steps: int = STEPS,
+    device: str | torch.device = "cpu",
+) -> xr.Dataset:
+    """Linear segmentation with frozen features: patch tokens [image, token, channel], masks (images, H, W) of class indices,
+    how many classes, a class that is no truth, part of the pictures that teaches → Dataset (section 2.6, Table 2a).
+
+    miou in [0, 1] over the pixels of the pictures that do not teach, low, high (95 % over pictures, drawn with all their pixels),
+    iou[class] (nan where absent), chance (always the most frequent class), ceiling (see `ceiling`), n, and the confusion matrix
+    of each picture [image, truth, said]. Raises Problem for masks that are missing, of another size than the grid allows or with
+    classes that do not exist, one class only, too few pictures, and features that are not finite.
+    """
+    maps = _maps(features)
+    true = _truth(maps, masks, "mask").astype(np.int64)
+    valid = np.ones(true.shape, bool) if ignore is None else true != ignore
+    teach = _teach(len(maps), share)
+    kinds = np.unique(true[valid])
+    if len(kinds) and not 0 <= kinds[0] <= kinds[-1] < classes:
+        raise Problem(f"a mask holds class {kinds[-1] if kinds[-1] >= classes else kinds[0]}: there are {classes} classes")
+    usual = np.bincount(true[teach][valid[teach]], minlength=classes)
+    if (usual > 0).sum() < 2 or not valid[~teach].any():
+        raise Problem("the masks show one class only, or none: there is nothing to tell apart")
+    x, y = torch.from_numpy(maps).float().to(device), torch.from_numpy(np.where(valid, true, -1)).to(device)
+    shut = torch.from_numpy(np.where(np.arange(classes) == ignore, -torch.inf, 0.0)).float().to(device)
+
+    def loss(said: Tensor, here: Tensor) -> Tensor:
+        total = F.cross_entropy((said + shut).flatten(0, 1), here.flatten(), ignore_index=-1, reduction="sum")
+        return total / (here >= 0).sum().clamp(min=1)
+
+    head = _fit(x[teach], y[teach], classes, loss, steps=steps, seed=seed)
+    said = _everywhere(head, x[~teach], true.shape[1:], lambda s: (s + shut[:, None, None]).argmax(1))
+    confusion = _confusion(true[~teach], said, valid[~teach], classes)
+    value, low, high = artifacts.interval(counts(confusion), draws=1000, of=miou)
+    always = np.full_like(said, usual.argmax())
+    best = ceiling(np.where(valid, true, classes)[~teach], maps.shape[1:3], classes)
+    each = [miou(counts(_confusion(true[~teach], s, valid[~teach], classes))) for s in (always, best)]
+    summed = confusion.sum(0, dtype=np.int64)
+    union = summed.sum(0) + summed.sum(1) - np.diagonal(summed)
+    numbers = {"miou": value, "low": low, "high": high, "chance": float(each[0]), "ceiling": float(each[1])}
+    return xr.Dataset(
+        {k: ((), v) for k, v in numbers.items()}
+        | {
+            "n": ((), len(said)),
+            "iou": ("class", np.where(union > 0, np.diagonal(summed) / np.maximum(union, 1), np.nan)),
+            "confusion": (("image", "truth", "said"), confusion),
+        },
+        coords={"image": np.flatnonzero(~teach)},
+    )
+
+
+def _expect(said: Tensor, centres: Tensor, dim: int) -> Tensor:
+    """Depth from scores of bins: weights relu + 0.1, normalised linearly, then their mean (section 2.7)."""
+    weight = said.relu() + 0.1
+    shape = [-1 if i == dim % said.ndim else 1 for i in range(said.ndim)]
+    return (weight * centres.view(shape)).sum(dim) / weight.sum(dim)
+
+
+def scale_invariant(said: Tensor, true: Tensor) -> Tensor:
+    """Scale-invariant logarithmic loss of depths, of any shape: sqrt(var(g) + 0.15 mean(g)²), g = log(said / true) (section
+    2.7; its warm-up and the gradient term of weight 0.5, which needs neighbouring pixels, are left out)."""
+    g = said.log() - true.log()
+    return (g.var() + 0.15 * g.mean().square() + 1e-8).sqrt()
+
+
+def estimate_depth(
+    features: xr.DataArray,
+    depth: Sequence[np.ndarray | None] | np.ndarray,
+    *,
+    low: float,
+    high: float,
+    bins: int = 256,
+    cls: xr.DataArray | None = None,
+    share: float = SHARE,
+    seed: int = 0,
+    steps: int = STEPS,
+    device: str | torch.device = "cpu",
+) -> xr.Dataset:
+    """Linear depth with frozen features: patch tokens [image, token, channel], depths (images, H, W) within low to high, number of
+    bins between, CLS [image, token, channel] to stand beside each patch token → Dataset (section 2.7, Table 2a).
+
+    rmse in the unit of the depths: mean over pictures that do not teach of the root mean square over their pixels, with low_rmse
+    and high_rmse (95 % over pictures), error[image], n; constant and position: the same for the mean depth of the teaching
+    pictures, and for their mean at each pixel. Raises Problem as `segment` does, and for depths outside low to high.
+    """
+    maps = _maps(features)
+    true = _truth(maps, depth, "depth map").astype(np.float32)
+    teach = _teach(len(maps), share)
+    if not 0 < low < high or bins < 2:
+        raise Problem(f"depths need two bins or more and 0 < low < high, not {bins} bins from {low} to {high}")
+    if not (np.isfinite(true).all() and low <= true.min() and true.max() <= high):
+        raise Problem(f"depths of {true.min():g} to {true.max():g} lie outside the bins from {low:g} to {high:g}")
+    if cls is not None:
+        if cls.sizes["image"] != len(maps):
+            raise Problem(f"there are CLS tokens of {cls.sizes['image']} pictures for features of {len(maps)}")
+        token = cls.transpose("image", "token", "channel").values[:, :1, None]
+        maps = np.concatenate([maps, np.broadcast_to(token, (*maps.shape[:3], token.shape[-1]))], -1)
+    x, y = torch.from_numpy(maps).float().to(device), torch.from_numpy(true).to(device)
+    centres = torch.linspace(low, high, bins, device=device)
+    head = _fit(
+        x[teach],
+        y[teach],
+        bins,
+        lambda said, here: scale_invariant(_expect(said, centres, -1), here),
+        steps=steps,
+        seed=seed,
+    )
+    said = _everywhere(head, x[~teach], true.shape[1:], lambda s: _expect(s, centres, 1))
+
+    def each(guess: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.square(guess - true[~teach], dtype=np.float64).mean((1, 2)))
+
+    error = each(said)
+    value, least, most = artifacts.interval(error)
+    numbers = {"rmse": value, "low_rmse": least, "high_rmse": most}
+    numbers |= {"constant": each(true[teach].mean()).mean(), "position": each(true[teach].mean(0)).mean()}
+    return xr.Dataset(
+        {k: ((), float(v)) for k, v in numbers.items()} | {"n": ((), len(said)), "error": ("image", error)},
+        coords={"image": np.flatnonzero(~teach)},
+    )
