@@ -25,10 +25,11 @@ build/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(VENV)/ready
 	@echo "Executing $*"
 	@$(BIN)/vitregs run $* --out $@ --results build/results
 
-build/html/index.html: $(EXECUTED) data/results/LOG.md $(shell find book -type f -not -name '*.pyc') | $(VENV)/ready
+build/html/index.html: $(EXECUTED) $(shell find data/results -type f) $(shell find book -type f -not -name '*.pyc') | $(VENV)/ready
 	@rm -rf build/source build/jb && mkdir -p build/source
 	@cp -r book build/source/book && cp -r build/notebooks build/source/notebooks
 	@cp data/results/LOG.md build/source/book/log.md
+	@$(BIN)/vitregs scoreboard --markdown > build/source/book/scoreboard.md
 	@echo "Building the book"
 	@$(BIN)/jupyter-book build build/source --config book/_config.yml --toc book/_toc.yml --path-output build/jb \
 		-W -n --keep-going -q > build/book.log 2>&1 || { cat build/book.log; exit 1; }

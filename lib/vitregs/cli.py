@@ -1,4 +1,4 @@
-"""The command `vitregs`: diagnose a model, run a chapter, train a recipe, list the models."""
+"""The command `vitregs`: diagnose a model, run a chapter, train a recipe, list the models, show the scoreboard."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vitregs.problems import Problem, unknown
 
-COMMANDS = ("diagnose", "run", "train", "models")
+COMMANDS = ("diagnose", "run", "train", "models", "scoreboard")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +64,10 @@ def _parser() -> _Parser:
 
     listing = commands.add_parser("models", help="list the models that can be named")
     listing.add_argument("part", nargs="?", default="", help="show only names that contain this")
+
+    board = commands.add_parser("scoreboard", help="every claim of the paper, our number and the verdict")
+    board.add_argument("--results", type=Path, help="folder of stored results (default data/results)")
+    board.add_argument("--markdown", action="store_true", help="print the page of the book")
     return parser
 
 
@@ -187,6 +191,13 @@ def _models(words: argparse.Namespace) -> None:
     print("\n".join(["trained here (data/zoo):", *(f"  {n}" for n in ours), "from timm:", *(f"  {n}" for n in theirs)]))
 
 
+def _scoreboard(words: argparse.Namespace) -> None:
+    from vitregs import claims
+
+    board = claims.scoreboard(words.results or claims.RESULTS)
+    print(claims.page(board) if words.markdown else claims.listing(board))
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line: words (default sys.argv) → exit code; a mistake in the input is one line and code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -208,7 +219,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if known.command == "run":
             _run(known, rest)
         else:
-            {"diagnose": _diagnose, "train": _train, "models": _models}[known.command](known)
+            commands = {"diagnose": _diagnose, "train": _train, "models": _models, "scoreboard": _scoreboard}
+            commands[known.command](known)
     except Problem as problem:
         print(f"vitregs: {problem}", file=sys.stderr)
         return 2

@@ -1,0 +1,190 @@
+"""The ledger of claims: complete, readable, and judged by its rules; evidence on planted arrays."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from vitregs import chapters, claims, cli, evidence, results
+from vitregs.claims import VERDICTS, Claim
+from vitregs.evidence import Measured
+from vitregs.problems import Problem
+
+
+@pytest.fixture(scope="module")
+def board() -> pd.DataFrame:
+    return claims.scoreboard()
+
+
+def claim(**changes: str) -> Claim:
+    facts = dict.fromkeys(Claim.__dataclass_fields__, "") | {"id": "x", "measure": "planted", "rule": "low > 0"}
+    return Claim(**(facts | changes))
+
+
+# --- the ledger
+
+
+def test_the_ledger_is_complete() -> None:
+    found = claims.ledger()
+    assert len(found) >= 25
+    assert len({c.id for c in found}) == len(found)
+    assert [c.id for c in found if c.chapter not in chapters.names()] == []
+    assert [c.id for c in found if not c.scale or not c.statement or not c.where] == []
+    assert [c.id for c in found if c.measure and not (c.rule and c.quantity)] == []
+    places = " ".join(c.where for c in found)
+    # a schematic (6) and two rows of pictures (19, 21) that say what Fig 1 and 7 say already make no claim of their own
+    figures = set(range(1, 22)) - {6, 13, 19, 21}
+    assert {n for n in figures if not re.search(rf"Fig [\d, ]*\b{n}[ab]?\b", places)} == set()
+    assert {n for n in range(1, 6) if f"Table {n}" not in places} == set()
+
+
+def test_every_measure_is_used_and_every_figure_has_a_row_in_the_front_page() -> None:
+    assert set(evidence.MEASURES) == {c.measure for c in claims.ledger() if c.measure}
+    page = (results.ROOT / "README.md").read_text()
+    rows = "\n".join(line for line in page.splitlines() if line.startswith("|"))
+    named = {int(n) for part in re.findall(r"Fig ([\d, ab]+)", rows) for n in re.findall(r"\d+", part)}
+    assert named == set(range(1, 22))
+    tables = {int(n) for part in re.findall(r"Tables? ([\d, ab]+)", rows) for n in re.findall(r"\d+", part)}
+    assert tables == set(range(1, 7))
+
+
+def test_tensions_of_the_paper_are_rows(board: pd.DataFrame) -> None:
+    assert board["where"].str.contains("tension").sum() + board["statement"].str.startswith("Tension").sum() >= 4
+    assert board.loc[board["id"] == "lost-clip-worse", "verdict"].item() in VERDICTS
+
+
+# --- verdicts
+
+
+@pytest.mark.parametrize(
+    ("rule", "holds"),
+    [
+        ("low > 0", True),
+        ("high < 3", False),
+        ("value >= 2", True),
+        ("value >= 2 and high < 3.5", True),
+        ("value >= 2 and low > 1.5", False),
+        ("low > -1", True),
+    ],
+)
+def test_rules_are_read(rule: str, holds: bool) -> None:
+    assert claims.holds(rule, Measured(2.0, 1.0, 3.0, 9, "")) == holds
+
+
+@pytest.mark.parametrize("rule", ["", "mean > 0", "value == 1", "low > 0 or high < 1", "__import__('os')"])
+def test_other_rules_are_mistakes(rule: str) -> None:
+    with pytest.raises(Problem, match="cannot read the rule"):
+        claims.holds(rule, Measured(0, 0, 0, 1, ""))
+
+
+def test_verdicts_follow_from_measure_rule_and_condition(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(evidence.MEASURES, "planted", lambda _: Measured(1, 0.5, 2, 9, "things"))
+    monkeypatch.setitem(evidence.NEEDS, "never", lambda _: False)
+    monkeypatch.setitem(evidence.NEEDS, "always", lambda _: True)
+    assert claims.judge(claim(), tmp_path)[1] == "reproduced"
+    assert claims.judge(claim(rule="high < 1"), tmp_path)[1] == "not reproduced"
+    assert claims.judge(claim(needs="always"), tmp_path)[1] == "reproduced"
+    assert claims.judge(claim(needs="never"), tmp_path)[1] == "not testable at this scale"
+    assert claims.judge(claim(measure=""), tmp_path) == (None, "not testable at this scale")
+
+
+def test_a_measure_of_nothing_does_not_pass() -> None:
+    """nan satisfies no rule, whichever way it points."""
+    nothing = Measured(np.nan, np.nan, np.nan, 0, "")
+    assert not any(claims.holds(r, nothing) for r in ("low > 0", "high < 0", "value >= 0", "value <= 0"))
+
+
+def test_unknown_names_in_the_ledger_are_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dict.fromkeys(Claim.__dataclass_fields__, "x")
+    for change, words in (
+        ({"measure": "any_mod"}, "unknown measure of claim x 'any_mod': did you mean 'any_mode'"),
+        ({"measure": "any_mode", "needs": "modes"}, "unknown condition of claim x 'modes': did you mean 'mode'"),
+        ({"measure": "any_mode", "needs": "mode", "rule": "big"}, "cannot read the rule 'big'"),
+    ):
+        monkeypatch.setattr(claims.published, "table", lambda _, c=change: pd.DataFrame([row | c]))
+        with pytest.raises(Problem, match=words):
+            claims.ledger()
+
+
+def test_missing_results_are_said(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="cannot read results"):
+        claims.scoreboard(tmp_path)
+
+
+def test_the_scoreboard_is_shown(board: pd.DataFrame, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(board) == len(claims.ledger())
+    assert set(board["verdict"]) <= set(VERDICTS)
+    page = claims.page(board)
+    assert page.startswith("# Scoreboard\n")
+    assert page.count("* - ") == len(board) + 1
+    assert all((chapters.NOTEBOOKS / f"{name}.ipynb").exists() for name in re.findall(r"notebooks/(\w+)\.ipynb", page))
+    text = claims.listing(board)
+    assert text.endswith(f"{len(board)} claims: {claims.counts(board)}")
+    assert cli.main(["scoreboard", "--markdown"]) == 0
+    assert capsys.readouterr().out.strip() == page.strip()
+    assert cli.main(["scoreboard", "--results", "nowhere/at/all"]) == 2
+    assert capsys.readouterr().err.startswith("vitregs: cannot read results nowhere/at/all/")
+
+
+# --- evidence on planted arrays
+
+
+def keep(folder: Path, chapter: str, name: str, model: str, data: xr.Dataset | xr.DataArray) -> None:
+    whole = data if isinstance(data, xr.Dataset) else data.to_dataset(name="value")
+    results.save(whole, folder / chapter / f"{name}.{model}.nc")
+
+
+def test_differences_carry_both_intervals(tmp_path: Path) -> None:
+    cells = {"score": [0.5, 0.2, 0.3], "low": [0.46, 0.17, 0.26], "high": [0.53, 0.24, 0.34]}
+    data = xr.Dataset(
+        {k: (("quantity", "group"), [v]) for k, v in cells.items()} | {"tokens": ("group", [9, 5, 7])},
+        coords={"quantity": ["top1"], "group": ["normal", "outlier", "normal on objects"]},
+    )
+    keep(tmp_path, "05_local_information", "local", "hunt-pico", data)
+    found = evidence.position(tmp_path)
+    assert found.value == pytest.approx(-30)
+    assert found.low == pytest.approx(-30 - 100 * np.hypot(0.03, 0.03))
+    assert found.high == pytest.approx(-30 + 100 * np.hypot(0.04, 0.04))
+    assert found.n == 5
+    assert evidence.position_controlled(tmp_path).value == pytest.approx(-10)
+    assert evidence.position_above_chance(tmp_path).value == pytest.approx(20 - 100 / 64)
+
+
+def test_gaps_between_tokens_are_over_questions(tmp_path: Path) -> None:
+    data = xr.Dataset(
+        {"score": (("task", "token"), [[0.9, 0.5, 0.7, 0.8], [0.8, 0.4, 0.4, 0.6]])},
+        coords={"task": ["a", "b"], "token": ["cls", "normal", "outlier", "register"]},
+    )
+    for model in ("hunt-pico", "clip-pico-reg4"):
+        keep(tmp_path, "06_global_information", "tokens", model, data)
+    assert evidence.outlier_knows(tmp_path).value == pytest.approx(10)
+    assert evidence.outlier_and_cls(tmp_path).value == pytest.approx(-30)
+    assert evidence.register_knows(tmp_path).value == pytest.approx(25)
+    assert evidence.outlier_knows(tmp_path).low == pytest.approx(0)
+
+
+def test_planted_outliers_are_a_mode_and_an_artifact_only_on_the_wall(tmp_path: Path) -> None:
+    """The same outliers, once on plain background and once on objects: only the first is the paper's artifact."""
+    rng = np.random.default_rng(0)
+    coords = results.token_coords(["patch"] * 64, (8, 8))
+    plain = xr.DataArray(
+        rng.lognormal(3, 0.1, (64, 9, 64)), dims=("image", "layer", "token"), coords={**coords, "layer": range(9)}
+    )
+    ground = evidence.grounds_of(plain)
+    for wall in (True, False):
+        norms = plain.copy(deep=True)
+        place = (ground == 1 if wall else ground == 0) & (rng.random(ground.shape) < 0.15)
+        norms.values[:, 5:][np.broadcast_to(place[:, None], norms.values[:, 5:].shape)] *= 10
+        for model in (*evidence.PAIRS, "hunt-pico", "hunt-long"):
+            chapter = "03_when_outliers_appear" if model.startswith("hunt") else "07_registers"
+            keep(tmp_path, chapter, "norms", model, norms if model in ("clip-pico", "hunt-pico") else plain)
+        assert evidence.has_mode(tmp_path)
+        assert evidence.any_mode(tmp_path).value == pytest.approx(100 * place.mean(), rel=0.05)
+        assert evidence.largest_mode(tmp_path).value == pytest.approx(10, rel=0.1)
+        assert evidence.has_artifacts(tmp_path) == wall
+        assert evidence.artifact_exists(tmp_path).value == float(wall)
+        assert evidence.first_layer(tmp_path).value == pytest.approx(5 / 8)
+        assert evidence.dino_mode(tmp_path).value == 0
