@@ -297,7 +297,13 @@ def outputs(file: Path) -> list[Any]:
 
 
 # what a chapter needs of real pictures, where it is not four of Imagenette
-REAL = {"05_local_information": ("imagenette-224", 9), "06_global_information": ("imagenette-224", 60)}
+REAL = {
+    "05_local_information": ("imagenette-224", 9),
+    "06_global_information": ("imagenette-224", 60),
+    "08_no_regression": ("coco-256", 24),
+    "10_object_discovery": ("coco-256", 12),
+    "11_register_attention": ("coco-256", 4),
+}
 
 
 @each_on_models

@@ -8,8 +8,9 @@ import torch
 from vitregs import published
 from vitregs.problems import Problem
 
-FILES = ("fig11", "fig12", "norms", "peers", "register_norms", "small_models", "tables")
+FILES = ("claims", "fig11", "fig12", "norms", "peers", "register_norms", "small_models", "tables")
 NUMBERS = {
+    "claims": [],
     "tables": ["value", "std", "registers"],
     "norms": ["value", "low", "high"],
     "peers": ["value", "std"],
@@ -75,7 +76,7 @@ def test_rows_are_sourced_numeric_and_named_once(name: str) -> None:
     assert all(pd.api.types.is_numeric_dtype(frame[c]) for c in NUMBERS[name])
     assert all(c == c.lower() and " " not in c for c in frame.columns)
     reading = [c for c in NUMBERS[name] if c not in ("registers", "block", "register", "index")]
-    assert frame[reading].notna().any(axis=1).all()
+    assert not reading or frame[reading].notna().any(axis=1).all()  # the ledger of claims holds text
     keys = [c for c in frame.columns if c not in {*reading, "unit", "note", "evidence"}]
     assert not frame.duplicated(keys).any()
 
