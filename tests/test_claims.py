@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from vitregs import chapters, claims, cli, evidence, results
-from vitregs.claims import VERDICTS, Claim
-from vitregs.evidence import Measured
+from vitregs import chapters, claims, cli, results
+from vitregs.claims import MEASURES, NEEDS, VERDICTS, Claim
+from vitregs.evidence import knowledge, norms
+from vitregs.evidence.measured import PAIRS, Measured
 from vitregs.problems import Problem
 
 
@@ -42,7 +43,7 @@ def test_the_ledger_is_complete() -> None:
 
 
 def test_every_measure_is_used_and_every_figure_has_a_row_in_the_front_page() -> None:
-    assert set(evidence.MEASURES) == {c.measure for c in claims.ledger() if c.measure}
+    assert set(MEASURES) == {c.measure for c in claims.ledger() if c.measure}
     page = (results.ROOT / "README.md").read_text()
     rows = "\n".join(line for line in page.splitlines() if line.startswith("|"))
     named = {int(n) for part in re.findall(r"Fig ([\d, ab]+)", rows) for n in re.findall(r"\d+", part)}
@@ -81,9 +82,9 @@ def test_other_rules_are_mistakes(rule: str) -> None:
 
 
 def test_verdicts_follow_from_measure_rule_and_condition(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(evidence.MEASURES, "planted", lambda _: Measured(1, 0.5, 2, 9, "things"))
-    monkeypatch.setitem(evidence.NEEDS, "never", lambda _: False)
-    monkeypatch.setitem(evidence.NEEDS, "always", lambda _: True)
+    monkeypatch.setitem(MEASURES, "planted", lambda _: Measured(1, 0.5, 2, 9, "things"))
+    monkeypatch.setitem(NEEDS, "never", lambda _: False)
+    monkeypatch.setitem(NEEDS, "always", lambda _: True)
     assert claims.judge(claim(), tmp_path)[1] == "reproduced"
     assert claims.judge(claim(rule="high < 1"), tmp_path)[1] == "not reproduced"
     assert claims.judge(claim(needs="always"), tmp_path)[1] == "reproduced"
@@ -144,13 +145,13 @@ def test_differences_carry_both_intervals(tmp_path: Path) -> None:
         coords={"quantity": ["top1"], "group": ["normal", "outlier", "normal on objects"]},
     )
     keep(tmp_path, "05_local_information", "local", "hunt-pico", data)
-    found = evidence.position(tmp_path)
+    found = knowledge.position(tmp_path)
     assert found.value == pytest.approx(-30)
     assert found.low == pytest.approx(-30 - 100 * np.hypot(0.03, 0.03))
     assert found.high == pytest.approx(-30 + 100 * np.hypot(0.04, 0.04))
     assert found.n == 5
-    assert evidence.position_controlled(tmp_path).value == pytest.approx(-10)
-    assert evidence.position_above_chance(tmp_path).value == pytest.approx(20 - 100 / 64)
+    assert knowledge.position_controlled(tmp_path).value == pytest.approx(-10)
+    assert knowledge.position_above_chance(tmp_path).value == pytest.approx(20 - 100 / 64)
 
 
 def test_gaps_between_tokens_are_over_questions(tmp_path: Path) -> None:
@@ -160,10 +161,10 @@ def test_gaps_between_tokens_are_over_questions(tmp_path: Path) -> None:
     )
     for model in ("hunt-pico", "clip-pico-reg4"):
         keep(tmp_path, "06_global_information", "tokens", model, data)
-    assert evidence.outlier_knows(tmp_path).value == pytest.approx(10)
-    assert evidence.outlier_and_cls(tmp_path).value == pytest.approx(-30)
-    assert evidence.register_knows(tmp_path).value == pytest.approx(25)
-    assert evidence.outlier_knows(tmp_path).low == pytest.approx(0)
+    assert knowledge.outlier_knows(tmp_path).value == pytest.approx(10)
+    assert knowledge.outlier_and_cls(tmp_path).value == pytest.approx(-30)
+    assert knowledge.register_knows(tmp_path).value == pytest.approx(25)
+    assert knowledge.outlier_knows(tmp_path).low == pytest.approx(0)
 
 
 def test_planted_outliers_are_a_mode_and_an_artifact_only_on_the_wall(tmp_path: Path) -> None:
@@ -173,18 +174,18 @@ def test_planted_outliers_are_a_mode_and_an_artifact_only_on_the_wall(tmp_path: 
     plain = xr.DataArray(
         rng.lognormal(3, 0.1, (64, 9, 64)), dims=("image", "layer", "token"), coords={**coords, "layer": range(9)}
     )
-    ground = evidence.grounds_of(plain)
+    ground = norms.grounds_of(plain)
     for wall in (True, False):
-        norms = plain.copy(deep=True)
+        planted = plain.copy(deep=True)
         place = (ground == 1 if wall else ground == 0) & (rng.random(ground.shape) < 0.15)
-        norms.values[:, 5:][np.broadcast_to(place[:, None], norms.values[:, 5:].shape)] *= 10
-        for model in (*evidence.PAIRS, "hunt-pico", "hunt-long"):
+        planted.values[:, 5:][np.broadcast_to(place[:, None], planted.values[:, 5:].shape)] *= 10
+        for model in (*PAIRS, "hunt-pico", "hunt-long"):
             chapter = "03_when_outliers_appear" if model.startswith("hunt") else "07_registers"
-            keep(tmp_path, chapter, "norms", model, norms if model in ("clip-pico", "hunt-pico") else plain)
-        assert evidence.has_mode(tmp_path)
-        assert evidence.any_mode(tmp_path).value == pytest.approx(100 * place.mean(), rel=0.05)
-        assert evidence.largest_mode(tmp_path).value == pytest.approx(10, rel=0.1)
-        assert evidence.has_artifacts(tmp_path) == wall
-        assert evidence.artifact_exists(tmp_path).value == float(wall)
-        assert evidence.first_layer(tmp_path).value == pytest.approx(5 / 8)
-        assert evidence.dino_mode(tmp_path).value == 0
+            keep(tmp_path, chapter, "norms", model, planted if model in ("clip-pico", "hunt-pico") else plain)
+        assert norms.has_mode(tmp_path)
+        assert norms.any_mode(tmp_path).value == pytest.approx(100 * place.mean(), rel=0.05)
+        assert norms.largest_mode(tmp_path).value == pytest.approx(10, rel=0.1)
+        assert norms.has_artifacts(tmp_path) == wall
+        assert norms.artifact_exists(tmp_path).value == float(wall)
+        assert norms.first_layer(tmp_path).value == pytest.approx(5 / 8)
+        assert norms.dino_mode(tmp_path).value == 0

@@ -192,6 +192,18 @@ def test_depth_scores_by_hand() -> None:
     )
 
 
+def test_several_heads_give_the_mean_of_each_and_their_spread() -> None:
+    depth, x = spread(hills()), known(hills())
+    options: dict[str, Any] = {"low": 0.9, "high": 4.1, "bins": 8, "steps": 30}
+    alone = [dense.estimate_depth(x, depth, seed=5 + i, **options) for i in range(3)]
+    both = dense.estimate_depth(x, depth, seed=5, heads=3, **options)
+    np.testing.assert_allclose(both["error"].values, np.mean([a["error"].values for a in alone], 0))
+    assert float(both.luck) == pytest.approx(np.std([float(a.rmse) for a in alone], ddof=1))
+    assert np.isnan(float(alone[0].luck))
+    with pytest.raises(Problem, match="heads must be 1 or more, not 0"):
+        dense.estimate_depth(x, depth, heads=0, **options)
+
+
 def test_features_of_other_pictures_tell_no_depth() -> None:
     found = dense.estimate_depth(known(hills(5)), spread(hills()), low=1, high=4, bins=24)
     assert float(found.rmse) > 0.9 * float(found.constant)

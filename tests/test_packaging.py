@@ -44,6 +44,7 @@ ROOMS = [
     "probes.local",
     "probes.dense",
     "probes.zero",
+    "probes.transfer",
     "discovery",
     "objects",
     "slots",
@@ -53,7 +54,10 @@ ROOMS = [
     "tables_dense",
     "tables_discovery",
     "tables_objects",
-    "evidence",
+    "evidence.measured",
+    "evidence.norms",
+    "evidence.knowledge",
+    "evidence.remedy",
     "claims",
     "canvas",
     "draw",
@@ -153,7 +157,7 @@ def test_every_import_of_the_library_is_a_dependency() -> None:
         "nbclient",
         "huggingface-hub",
     }  # of papermill, timm and datasets, whose errors are named
-    names = {"PIL": "pillow", "open_clip": "open-clip-torch", "IPython": "ipykernel"}
+    names = {"PIL": "pillow", "open_clip": "open-clip-torch", "IPython": "ipykernel", "sklearn": "scikit-learn"}
     used = {n.split(".")[0] for f in LIBRARY.rglob("*.py") for n in imports(f)[0] if n.split(".")[0] != "vitregs"}
     missing = {n for n in used if n not in sys.stdlib_module_names and canonicalize_name(names.get(n, n)) not in known}
     assert missing == set()

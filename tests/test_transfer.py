@@ -205,8 +205,13 @@ def test_traces_find_a_planted_peak() -> None:
     ratios[:, 0], ratios[:, 2] = 90, 5
     a = xr.DataArray(maps, dims=("image", "token"))
     r = xr.DataArray(ratios, dims=("image", "layer"), coords={"layer": [0, 1, 2]})
-    row = tables_dense.traces({"m": a}, {"m": r}, {"m": 4}).loc["m"]
-    assert row.tolist() == [4, "5.50 [5.50, 5.50]", "5.00 [5.00, 5.00]", 2]
+    row = tables_dense.traces({"m": a}, {"m": r}, {"m": 4}, {"m": None}).loc["m"]
+    assert row.tolist() == [4, "55 [55, 55]", "5.00 [5.00, 5.00]", 2]
+    ground = np.zeros((8, 10))
+    ground[:, 3:5] = 1
+    row = tables_dense.traces({"m": a}, {"m": r}, {"m": 4}, {"m": ground}).loc["m"]
+    assert row["on objects, %"] == "40 [40, 40]"  # eight of twenty shares
+    assert row["peak on wall, %"] == "100 [100, 100]"
 
 
 def test_figures_are_drawn(found: dict[str, xr.Dataset]) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from vitregs import evidence, published, results
-from vitregs.evidence import Measured
+from vitregs import published, results
+from vitregs.evidence import knowledge, norms, remedy  # noqa: F401  they enter their measures in the registry
+from vitregs.evidence.measured import MEASURES, NEEDS, Measured
 from vitregs.problems import Problem, unknown
 
 RESULTS = results.ROOT / "data" / "results"
@@ -37,9 +38,9 @@ class Claim:
     statement: str
     published: str  # the paper's value, as text
     quantity: str  # what is measured here, with its unit
-    measure: str  # name of a function in `evidence`; empty where nothing of it can be measured here
+    measure: str  # name of a function in `evidence/`; empty where nothing of it can be measured here
     rule: str  # what the measured value, or an end of its interval, must satisfy
-    needs: str  # condition in `evidence.NEEDS` under which the question arises; empty: always
+    needs: str  # condition in `NEEDS` under which the question arises; empty: always
     scale: str  # where it can be tested, in words
     chapter: str
 
@@ -49,10 +50,10 @@ def ledger() -> list[Claim]:
     table = published.table("claims").fillna("")
     found = [Claim(**{k: str(row[k]) for k in Claim.__dataclass_fields__}) for _, row in table.iterrows()]
     for claim in found:
-        if claim.measure and claim.measure not in evidence.MEASURES:
-            raise unknown(f"measure of claim {claim.id}", claim.measure, evidence.MEASURES)
-        if claim.needs and claim.needs not in evidence.NEEDS:
-            raise unknown(f"condition of claim {claim.id}", claim.needs, evidence.NEEDS)
+        if claim.measure and claim.measure not in MEASURES:
+            raise unknown(f"measure of claim {claim.id}", claim.measure, MEASURES)
+        if claim.needs and claim.needs not in NEEDS:
+            raise unknown(f"condition of claim {claim.id}", claim.needs, NEEDS)
         if claim.measure:
             holds(claim.rule, Measured(0.0, 0.0, 0.0, 1, ""))
     return found
@@ -77,8 +78,8 @@ def judge(claim: Claim, folder: Path = RESULTS) -> tuple[Measured | None, str]:
     """
     if not claim.measure:
         return None, VERDICTS[2]
-    found = evidence.MEASURES[claim.measure](folder)
-    if claim.needs and not evidence.NEEDS[claim.needs](folder):
+    found = MEASURES[claim.measure](folder)
+    if claim.needs and not NEEDS[claim.needs](folder):
         return found, VERDICTS[2]
     return found, VERDICTS[0] if holds(claim.rule, found) else VERDICTS[1]
 
@@ -137,9 +138,9 @@ def page(board: pd.DataFrame) -> str:
         f"{len(board)} claims of the paper and what this project finds on each: **{counts(board)}**. Every verdict is computed "
         "from the stored results of the chapters (`vitregs scoreboard`): a quantity is measured, and a rule that was written "
         "down with the claim decides. *Not testable at this scale* means that the condition of a claim does not hold for any "
-        "network we could run (for most such claims: that outliers on redundant background exist at all), or that nothing here measures "
-        "it. A claim that is not reproduced may well hold of the networks it was made for; the command in its chapter runs the "
-        "same measurement on them.",
+        "network we could run (mostly: that outliers on redundant background exist at all), or that nothing here measures "
+        "it. A claim that is not reproduced may well hold of the networks it was made for; the command in its chapter runs "
+        "the same measurement on them.",
         "",
         "```{list-table}",
         ":header-rows: 1",

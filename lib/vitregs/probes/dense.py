@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from vitregs import artifacts
 from vitregs.problems import Problem
 
-SHARE = 0.67  # of the pictures teach, the first ones
+SHARE = 2 / 3  # of the pictures teach, the first ones
 STEPS, BATCH = 400, 16  # the paper's heads see 40,000 steps of 16 pictures
-POINTS = 128  # pixels that a step draws in each picture
-RATE, DECAY, WARM = 1e-2, 1e-4, 0.04  # of AdamW: largest rate, weight decay, part of the steps in which the rate rises
-LIMIT = 2**24  # numbers in one block of interpolated scores: bounds the memory
+POINTS = 64  # pixels that a step draws in each picture
+RATE, DECAY, WARM = 3e-2, 1e-4, 0.04  # of AdamW: largest rate, weight decay, part of the steps in which the rate rises
+LIMIT = 2**21  # numbers in one block of interpolated scores: bounds the memory, and stays near the cache
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -53,7 +53,7 @@ def _truth(maps: np.ndarray, given: Sequence[np.ndarray | None] | np.ndarray, wh
         raise Problem(f"{missing} of {len(given)} pictures have no {what}: keep those that have one")
     if len(given) != len(maps):
         raise Problem(f"there are {what}s of {len(given)} pictures for features of {len(maps)}")
-    sizes = {np.shape(g) for g in given}
+    sizes = {np.asarray(g).shape for g in given}
     rows, columns = maps.shape[1:3]
     for size in sizes:
         if len(sizes) > 1 or len(size) != 2 or size[0] % rows or size[1] % columns:
@@ -74,18 +74,17 @@ class _Head(nn.Module):
         super().__init__()
         flat = x.flatten(0, -2)
         self.mean, self.scale = flat.mean(0), 1 / (flat.std(0) + 1e-6)
-        self.linear = nn.Linear(x.shape[-1], outputs, device=x.device)
         first = 0.01 * rng.standard_normal((outputs, x.shape[-1]))
-        self.linear.weight.data.copy_(torch.from_numpy(first))
-        nn.init.zeros_(self.linear.bias)
+        self.weight = nn.Parameter(torch.from_numpy(first).to(x))
+        self.bias = nn.Parameter(torch.zeros(outputs).to(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear((x - self.mean) * self.scale)
+        return F.linear((x - self.mean) * self.scale, self.weight, self.bias)
 
 
 def _fit(x: Tensor, truth: Tensor, outputs: int, loss: Loss, *, steps: int, seed: int) -> _Head:
-    """Teach a head by AdamW: maps (n, rows, columns, channels), truth (n, H, W), loss of (pictures, pixels, outputs) and the truth
-    there → _Head."""
+    """Teach a head by AdamW: maps (n, rows, columns, channels), truth (n, H, W), loss of scores (b, pixels, outputs) and truth →
+    _Head. Raises Problem for no steps."""
     if steps < 1:
         raise Problem(f"steps must be 1 or more, not {steps}")
     (n, rows, columns, _), (height, width) = x.shape, truth.shape[1:]
@@ -106,11 +105,12 @@ def _fit(x: Tensor, truth: Tensor, outputs: int, loss: Loss, *, steps: int, seed
 
 
 def _everywhere(head: _Head, x: Tensor, size: tuple[int, int], reduce: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """What a head says at every pixel: maps (n, rows, columns, channels), reduce of (b, outputs, H, W) → (n, H, W)."""
+    """What a head says at every pixel: maps (n, rows, columns, channels), reduce of (b, H, W, outputs) → (n, H, W)."""
+    down, across = (_along(*s).to(x.device) for s in zip(x.shape[1:3], size, strict=True))
     parts = []
-    for part in x.split(max(1, LIMIT // (head.linear.out_features * size[0] * size[1]))):
-        said = head(part).permute(0, 3, 1, 2)
-        parts.append(reduce(F.interpolate(said, size=size, mode="bilinear", align_corners=False)).cpu())
+    for part in x.split(max(1, LIMIT // (len(head.bias) * size[0] * size[1]))):
+        tall = torch.einsum("hr,brck->bhck", down, head(part))
+        parts.append(reduce(across @ tall).cpu())
     return torch.cat(parts).numpy()
 
 
@@ -135,9 +135,9 @@ def _confusion(true: np.ndarray, said: np.ndarray, valid: np.ndarray, classes: i
     return np.stack(found).reshape(-1, classes, classes).astype(np.int32)
 
 
-def ceiling(masks: np.ndarray, grid: tuple[int, int], classes: int) -> np.ndarray:
-    """What patches could tell that know the share of every class in themselves: masks (n, H, W), (rows, columns) → (n, H, W)
-    classes after interpolation. Its score shows what is lost to the size of the patches alone."""
+def from_shares(masks: np.ndarray, grid: tuple[int, int], classes: int) -> np.ndarray:
+    """Masks again, from no more than the share of each class in every patch, interpolated: (n, H, W), (rows, columns) → (n, H, W)
+    classes. Their score shows what is lost to the size of the patches; a trained head can be a little better."""
     (rows, columns), (n, height, width) = grid, masks.shape
     cut = masks.reshape(n, rows, height // rows, columns, width // columns)
     share = np.stack([(cut == k).mean((2, 4), dtype=np.float32) for k in range(classes)], 1)
@@ -163,8 +163,8 @@ def segment(
     how many classes, a class that is no truth, part of the pictures that teaches → Dataset (section 2.6, Table 2a).
 
     miou in [0, 1] over the pixels of the pictures that do not teach, low, high (95 % over pictures, drawn with all their pixels),
-    iou[class] (nan where absent), chance (always the most frequent class), ceiling (see `ceiling`), n, and the confusion matrix
-    of each picture [image, truth, said]. Raises Problem for masks that are missing, of another size than the grid allows or with
+    iou[class] (nan where absent), chance (always the most frequent class), shares (the masks of `from_shares`), n, and confusion
+    [image, truth, said] in pixels. Raises Problem for masks that are missing, of another size than the grid allows or with
     classes that do not exist, one class only, too few pictures, and features that are not finite.
     """
     maps = _maps(features)
@@ -173,7 +173,9 @@ def segment(
     teach = _teach(len(maps), share)
     kinds = np.unique(true[valid])
     if len(kinds) and not 0 <= kinds[0] <= kinds[-1] < classes:
-        raise Problem(f"a mask holds class {kinds[-1] if kinds[-1] >= classes else kinds[0]}: there are {classes} classes")
+        raise Problem(
+            f"a mask holds class {kinds[-1] if kinds[-1] >= classes else kinds[0]}: there are {classes} classes"
+        )
     usual = np.bincount(true[teach][valid[teach]], minlength=classes)
     if (usual > 0).sum() < 2 or not valid[~teach].any():
         raise Problem("the masks show one class only, or none: there is nothing to tell apart")
@@ -185,15 +187,15 @@ def segment(
         return total / (here >= 0).sum().clamp(min=1)
 
     head = _fit(x[teach], y[teach], classes, loss, steps=steps, seed=seed)
-    said = _everywhere(head, x[~teach], true.shape[1:], lambda s: (s + shut[:, None, None]).argmax(1))
+    said = _everywhere(head, x[~teach], true.shape[1:], lambda s: (s + shut).argmax(-1))
     confusion = _confusion(true[~teach], said, valid[~teach], classes)
     value, low, high = artifacts.interval(counts(confusion), draws=1000, of=miou)
     always = np.full_like(said, usual.argmax())
-    best = ceiling(np.where(valid, true, classes)[~teach], maps.shape[1:3], classes)
+    best = from_shares(np.where(valid, true, classes)[~teach], maps.shape[1:3], classes)
     each = [miou(counts(_confusion(true[~teach], s, valid[~teach], classes))) for s in (always, best)]
     summed = confusion.sum(0, dtype=np.int64)
     union = summed.sum(0) + summed.sum(1) - np.diagonal(summed)
-    numbers = {"miou": value, "low": low, "high": high, "chance": float(each[0]), "ceiling": float(each[1])}
+    numbers = {"miou": value, "low": low, "high": high, "chance": float(each[0]), "shares": float(each[1])}
     return xr.Dataset(
         {k: ((), v) for k, v in numbers.items()}
         | {
@@ -205,11 +207,10 @@ def segment(
     )
 
 
-def _expect(said: Tensor, centres: Tensor, dim: int) -> Tensor:
-    """Depth from scores of bins: weights relu + 0.1, normalised linearly, then their mean (section 2.7)."""
-    weight = said.relu() + 0.1
-    shape = [-1 if i == dim % said.ndim else 1 for i in range(said.ndim)]
-    return (weight * centres.view(shape)).sum(dim) / weight.sum(dim)
+def _expect(said: Tensor, centres: Tensor) -> Tensor:
+    """Depth from scores (…, bins), which it spoils: bins weighted by relu + 0.1, normalised linearly (section 2.7)."""
+    sums = said.relu_() @ torch.stack([centres, torch.ones_like(centres)], 1)
+    return (sums[..., 0] + 0.1 * centres.sum()) / (sums[..., 1] + 0.1 * len(centres))
 
 
 def scale_invariant(said: Tensor, true: Tensor) -> Tensor:
@@ -227,23 +228,28 @@ def estimate_depth(
     high: float,
     bins: int = 256,
     cls: xr.DataArray | None = None,
+    heads: int = 1,
     share: float = SHARE,
     seed: int = 0,
     steps: int = STEPS,
     device: str | torch.device = "cpu",
 ) -> xr.Dataset:
-    """Linear depth with frozen features: patch tokens [image, token, channel], depths (images, H, W) within low to high, number of
-    bins between, CLS [image, token, channel] to stand beside each patch token → Dataset (section 2.7, Table 2a).
+    """Linear depth with frozen features: patch tokens [image, token, channel], depths (images, H, W) within low to high, number
+    of bins, CLS [image, token, channel] to stand beside each patch token, heads to train from other first weights → Dataset
+    (section 2.7, Table 2a).
 
-    rmse in the unit of the depths: mean over pictures that do not teach of the root mean square over their pixels, with low_rmse
-    and high_rmse (95 % over pictures), error[image], n; constant and position: the same for the mean depth of the teaching
-    pictures, and for their mean at each pixel. Raises Problem as `segment` does, and for depths outside low to high.
+    rmse in the unit of the depths: mean over heads and over pictures that do not teach of the root mean square over their pixels,
+    with low_rmse and high_rmse (95 % over pictures), error[image], n; luck: the deviation over heads; constant and position: the
+    same for the mean depth of the teaching pictures, and for their mean at each pixel. The loss is far from convex, so that heads
+    differ. Raises Problem as `segment` does, and for depths outside low to high.
     """
     maps = _maps(features)
     true = _truth(maps, depth, "depth map").astype(np.float32)
     teach = _teach(len(maps), share)
     if not 0 < low < high or bins < 2:
         raise Problem(f"depths need two bins or more and 0 < low < high, not {bins} bins from {low} to {high}")
+    if heads < 1:
+        raise Problem(f"heads must be 1 or more, not {heads}")
     if not (np.isfinite(true).all() and low <= true.min() and true.max() <= high):
         raise Problem(f"depths of {true.min():g} to {true.max():g} lie outside the bins from {low:g} to {high:g}")
     if cls is not None:
@@ -253,24 +259,22 @@ def estimate_depth(
         maps = np.concatenate([maps, np.broadcast_to(token, (*maps.shape[:3], token.shape[-1]))], -1)
     x, y = torch.from_numpy(maps).float().to(device), torch.from_numpy(true).to(device)
     centres = torch.linspace(low, high, bins, device=device)
-    head = _fit(
-        x[teach],
-        y[teach],
-        bins,
-        lambda said, here: scale_invariant(_expect(said, centres, -1), here),
-        steps=steps,
-        seed=seed,
-    )
-    said = _everywhere(head, x[~teach], true.shape[1:], lambda s: _expect(s, centres, 1))
+
+    def loss(said: Tensor, here: Tensor) -> Tensor:
+        return scale_invariant(_expect(said, centres), here)
 
     def each(guess: np.ndarray) -> np.ndarray:
         return np.sqrt(np.square(guess - true[~teach], dtype=np.float64).mean((1, 2)))
 
-    error = each(said)
+    found = [_fit(x[teach], y[teach], bins, loss, steps=steps, seed=seed + i) for i in range(heads)]
+    said = [_everywhere(head, x[~teach], true.shape[1:], lambda s: _expect(s, centres)) for head in found]
+    errors = np.stack([each(s) for s in said])
+    error = errors.mean(0)
     value, least, most = artifacts.interval(error)
     numbers = {"rmse": value, "low_rmse": least, "high_rmse": most}
     numbers |= {"constant": each(true[teach].mean()).mean(), "position": each(true[teach].mean(0)).mean()}
+    numbers["luck"] = errors.mean(1).std(ddof=1) if heads > 1 else np.nan
     return xr.Dataset(
-        {k: ((), float(v)) for k, v in numbers.items()} | {"n": ((), len(said)), "error": ("image", error)},
+        {k: ((), float(v)) for k, v in numbers.items()} | {"n": ((), len(error)), "error": ("image", error)},
         coords={"image": np.flatnonzero(~teach)},
     )
