@@ -1,5 +1,7 @@
 """The laboratory log and the chapters quote only what stored runs say."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -114,3 +116,29 @@ def test_hunt_pico_marks_two_colours() -> None:
     assert share["orange"] == pytest.approx(0.98, abs=0.01)
     assert share["red"] == pytest.approx(0.905, abs=0.01)
     assert share.drop(["orange", "red"]).max() < 0.02
+
+
+def test_the_register_sweep_is_that_of_the_cards() -> None:
+    part = (
+        (results.ROOT / "data" / "results" / "LOG.md")
+        .read_text()
+        .split("how many registers, and what a seed is worth")[1]
+    )
+    rows = dict(re.findall(r"^\| `(clip-pico[\w-]*)` \|(.*)\|$", part, re.MULTILINE))
+    assert {"clip-pico", *(f"clip-pico-reg{n}" for n in (1, 2, 4, 8, 16)), "clip-pico-seed1"} <= rows.keys()
+    for name, row in rows.items():
+        registers, seed, minutes, accuracy, colour, shape = (float(v) for v in row.split("|"))
+        card = backbones.card(name)
+        assert (registers, seed) == (card["recipe"]["registers"], card["recipe"]["seed"])
+        assert minutes == pytest.approx(card["minutes"], abs=0.6)
+        found = (card["accuracy"], card["linear"]["colour"], card["linear"]["shape"])
+        assert (accuracy, colour, shape) == pytest.approx(found, abs=6e-4)
+
+
+def test_values_of_deit_tinys_largest_norms_are_short() -> None:
+    lengths = results.load(DEIT / "10_object_discovery" / f"lengths.{MODEL}")
+    assert lengths["ratio"].sel(projection=["value", "key", "query"]).values == pytest.approx(
+        [0.41, 0.86, 0.77], abs=0.005
+    )
+    assert float(lengths["low"].sel(projection="value")) == pytest.approx(0.40, abs=0.005)
+    assert lengths["marked"] == "top 2 % of norms"

@@ -198,6 +198,18 @@ def test_curves_hold_the_papers_numbers_and_ours(found: dict[str, xr.Dataset]) -
     assert tables_dense.against_none({"a": found["a"]}, ["colour"]).empty
 
 
+def test_what_is_asked_is_said_in_words(found: dict[str, xr.Dataset]) -> None:
+    said = tables_dense.asked(found).splitlines()
+    assert said[:2] == ["classes: colour, shape, colour and shape", "segments: shape mIoU, colour mIoU"]
+    assert said[2:] == ["depth: depth rmse", "words: no network here has a text side that fits these pictures"]
+    few = {"a": found["a"].isel(metric=[0])}
+    assert tables_dense.asked(few).splitlines()[1] == "segments: no truth in these pictures"
+    drawn = {"shape, %": "shape", "colour, mIoU %": "colour mIoU", "depth, rmse": "depth rmse"}
+    assert tables_dense.panels(found, "shape", "colour") == drawn
+    real = {"a": xr.Dataset(coords={"metric": ["label", "mask mIoU"]})}
+    assert tables_dense.panels(real, "colour", "colour") == {"label, %": "label", "mask, mIoU %": "mask mIoU"}
+
+
 def test_traces_find_a_planted_peak() -> None:
     maps = np.ones((8, 10))
     maps[:, 3] = 11

@@ -84,5 +84,5 @@ def costs(tables: Mapping[str, pd.DataFrame], paper: pd.DataFrame) -> Figure:
         axis.set_xticks(paper["registers"], [f"{n:g}" for n in paper["registers"]])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter("{x:g}")
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

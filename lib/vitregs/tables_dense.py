@@ -47,6 +47,25 @@ def paper() -> pd.DataFrame:
     return frame.rename_axis(["model", "registers"])[list(PAPER)]
 
 
+def asked(found: Mapping[str, xr.Dataset]) -> str:
+    """What the pictures of a chapter could be asked, in words: {model: Dataset[metric]} → lines, with what they do not tell."""
+    metrics = list(dict.fromkeys(str(m) for d in found.values() for m in d["metric"].values))
+    kinds = {"segments": " mIoU", "depth": " rmse", "words": "zero-shot"}
+    told = {k: [m for m in metrics if part in m] for k, part in kinds.items()}
+    told = {"classes": [m for m in metrics if not any(part in m for part in kinds.values())], **told}
+    missing = {"words": "no network here has a text side that fits these pictures"}
+    return "\n".join(f"{k}: {', '.join(v) or missing.get(k, 'no truth in these pictures')}" for k, v in told.items())
+
+
+def panels(found: Mapping[str, xr.Dataset], classes: str, segments: str) -> dict[str, str]:
+    """Metrics to draw over the number of registers: {model: Dataset[metric]}, wanted classes and segments → {panel: metric} of
+    those that were measured; pictures that are no scenes have their label and their mask instead."""
+    there = {str(m) for d in found.values() for m in d["metric"].values}
+    wanted = {f"{classes}, %": classes, "label, %": "label", f"{segments}, mIoU %": f"{segments} mIoU"}
+    wanted |= {"mask, mIoU %": "mask mIoU", "depth, rmse": "depth rmse"}
+    return {k: v for k, v in wanted.items() if v in there}
+
+
 def scores(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     """Every metric with 95 % intervals over pictures: {model: Dataset[metric]} → a row a model, then what networks of the same
     shapes give untrained, chance, and how many pictures are scored (Table 2, in small)."""
@@ -146,10 +165,11 @@ def traces(
     registers: Mapping[str, int],
     grounds: Mapping[str, np.ndarray | None],
 ) -> pd.DataFrame:
-    """Traces of artifacts by the number of registers: {model: CLS attention [image, token] to patches}, {model: largest over median
-    norm [image, layer]}, {model: registers}, {model: background share (pictures, patches) or None} → a row a model: the share of
-    attention on the most attended patch and on objects in per cent, how often the most attended patch is all background, the
-    largest norm ratio at any layer but the stem; 95 % intervals over pictures (Fig 8, top)."""
+    """Traces of artifacts by the number of registers: {model: CLS attention [image, token] to patches}, {model: largest over
+    median norm [image, layer]}, {model: registers}, {model: background share (pictures, patches) or None} → a row a model.
+
+    Attention on the most attended patch and on objects, how often that patch is all background, the largest norm ratio at any
+    layer but the stem; with 95 % intervals over pictures (Fig 8, top)."""
     rows: dict[str, dict[str, object]] = {}
     for name, a in maps.items():
         part = (a / a.sum("token")).transpose("image", "token").values

@@ -1,6 +1,18 @@
 """What frozen features know: classes, positions, pixels, segments, depth, words."""
 
 from vitregs.probes.classes import classify, classify_sets, score
+from vitregs.probes.dense import estimate_depth, segment
 from vitregs.probes.local import locate, probe, reconstruct
+from vitregs.probes.zero import zero_shot
 
-__all__ = ["classify", "classify_sets", "locate", "probe", "reconstruct", "score"]
+__all__ = [
+    "classify",
+    "classify_sets",
+    "estimate_depth",
+    "locate",
+    "probe",
+    "reconstruct",
+    "score",
+    "segment",
+    "zero_shot",
+]

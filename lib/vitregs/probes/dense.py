@@ -68,7 +68,7 @@ def _along(cells: int, pixels: int) -> Tensor:
 
 
 class _Head(nn.Module):
-    """Normalisation with fixed statistics and a linear layer: (…, channels) → (…, outputs)."""
+    """Normalisation with the statistics of all x, and a linear layer behind it: (…, channels) → (…, outputs)."""
 
     def __init__(self, x: Tensor, outputs: int, rng: np.random.Generator) -> None:
         super().__init__()
@@ -78,8 +78,11 @@ class _Head(nn.Module):
         self.weight = nn.Parameter(torch.from_numpy(first).to(x))
         self.bias = nn.Parameter(torch.zeros(outputs).to(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear((x - self.mean) * self.scale, self.weight, self.bias)
+    def normalise(self, x: Tensor) -> Tensor:
+        return (x - self.mean) * self.scale
+
+    def forward(self, normal: Tensor) -> Tensor:
+        return F.linear(normal, self.weight, self.bias)
 
 
 def _fit(x: Tensor, truth: Tensor, outputs: int, loss: Loss, *, steps: int, seed: int) -> _Head:
@@ -91,13 +94,14 @@ def _fit(x: Tensor, truth: Tensor, outputs: int, loss: Loss, *, steps: int, seed
     down, across = (_along(*s).to(x.device) for s in ((rows, height), (columns, width)))
     rng = np.random.default_rng(seed)
     head = _Head(x, outputs, rng)
+    normal = head.normalise(x)  # once, not at every step
     optimiser = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=DECAY)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = RATE * min((step + 1) / (WARM * steps), 1 - step / steps)
         pick = torch.from_numpy(rng.permutation(n)[:BATCH]).to(x.device)
         y, z = (torch.from_numpy(rng.integers(0, s, (len(pick), POINTS))).to(x.device) for s in (height, width))
         weights = (down[y][..., :, None] * across[z][..., None, :]).flatten(2)
-        said = weights @ head(x[pick]).flatten(1, 2)
+        said = weights @ head(normal[pick]).flatten(1, 2)
         optimiser.zero_grad()
         loss(said, truth[pick[:, None], y, z]).backward()
         optimiser.step()
@@ -109,7 +113,7 @@ def _everywhere(head: _Head, x: Tensor, size: tuple[int, int], reduce: Callable[
     down, across = (_along(*s).to(x.device) for s in zip(x.shape[1:3], size, strict=True))
     parts = []
     for part in x.split(max(1, LIMIT // (len(head.bias) * size[0] * size[1]))):
-        tall = torch.einsum("hr,brck->bhck", down, head(part))
+        tall = torch.einsum("hr,brck->bhck", down, head(head.normalise(part)))
         parts.append(reduce(across @ tall).cpu())
     return torch.cat(parts).numpy()
 
