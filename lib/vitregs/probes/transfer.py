@@ -91,7 +91,7 @@ def probe(
     states: xr.DataArray, truth: Truth, *, words: dict[str, torch.Tensor] | None = None, **how: Any
 ) -> xr.Dataset:
     """Ask frozen features all that is known of their pictures: [image, token, channel] with CLS (if any) and patches, Truth, the
-    text side of a CLIP model, options of the dense probes (steps, bins, heads, seed) → Dataset[metric] (Table 2).
+    text side of a CLIP model, options of the dense probes (steps, bins, head, seed) → Dataset[metric] (Table 2).
 
     score, low, high, chance, n; each[mean, image], what a picture adds to a mean (nan: it taught); counts[segments, image, side,
     class], what it adds to an mIoU. What pictures do not tell is left out. Raises Problem if they tell nothing.
@@ -108,7 +108,7 @@ def probe(
         s = classes.score(both, y, taught=taught, strengths=STRENGTHS, seed=how.get("seed", 0))
         rows[name] = _numbers(s, "score")
         each[name] = _each(s["right"].values, np.flatnonzero((np.arange(count) >= taught) & (y >= 0)), count)
-    options = {k: v for k, v in how.items() if k not in ("bins", "heads")}
+    options = {k: v for k, v in how.items() if k not in ("bins", "head")}
     for name, (masks, kinds, ignore) in truth.masks.items():
         at = np.array([i for i, m in enumerate(masks) if m is not None])
         s = dense.segment(patch.isel(image=at), [masks[i] for i in at], classes=kinds, ignore=ignore, **options)
@@ -176,7 +176,7 @@ def measure(
         key = json.dumps([shape, images.key, options, how, backbone.mean, backbone.std], default=str)
         if key not in FLOORS:
             states = capture.tokens(untrained(backbone), images, batch=batch, **options)
-            FLOORS[key] = probe(states, truth, **{**how, "heads": 1})  # a level to compare with: one head is enough
+            FLOORS[key] = probe(states, truth, **how)
         lowest = FLOORS[key]["score"].reindex(metric=found["metric"].values).values
     facts = {"floor": ("metric", lowest), "registers": ((), backbone.registers)}
     return found.assign(facts).assign_coords(model=backbone.name)
