@@ -301,6 +301,7 @@ REAL = {
     "05_local_information": ("imagenette-224", 9),
     "06_global_information": ("imagenette-224", 60),
     "08_no_regression": ("coco-256", 24),
+    "09_how_many_registers": ("imagenette-224", 24),
     "10_object_discovery": ("coco-256", 12),
     "11_register_attention": ("coco-256", 4),
 }

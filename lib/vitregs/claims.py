@@ -144,7 +144,7 @@ def page(board: pd.DataFrame) -> str:
         "",
         "```{list-table}",
         ":header-rows: 1",
-        ":widths: 8 34 14 24 14 6",
+        ":widths: 7 27 13 34 13 6",
         ":class: scoreboard",
         "",
         *("* - where", "  - claim", "  - published", "  - ours", "  - verdict", "  - chapter"),
