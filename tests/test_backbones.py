@@ -3,6 +3,7 @@
 import json
 import pickle
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,9 @@ def test_facts_are_read_from_the_model(
     assert (bare.depth, bare.width) == (depth, width)
     assert bare.has_cls == (prefix > registers)
     kinds = bare.kinds((2, 3))
-    assert [kinds.count(k) for k in results.KINDS] == [prefix - registers, registers, 6]
-    assert kinds == sorted(kinds, key=results.KINDS.index)
+    assert kinds.count("register") == registers
+    assert kinds[prefix - registers :] == ["register"] * registers + ["patch"] * 6
+    assert kinds.count("cls") == (prefix > registers)
     seen = bare.net.forward_features(bare.prepare(torch.rand(1, 3, 2 * patch, 3 * patch)))
     assert seen.shape == (1, prefix + 6, width)
     assert not bare.net.training
@@ -211,22 +213,6 @@ def test_weights_from_a_file(tiny: Backbone, tmp_path: Path, kind: str, wrap: st
     assert backbones.load("test_vit", weights=str(file), device="cpu").weights == ours.weights
 
 
-def test_authors_names_are_converted(tmp_path: Path) -> None:
-    """DINOv2's own checkpoints: register_tokens, mask_token, a CLS position, and another grid."""
-    wanted = backbones.random("vit_small_patch14_reg4_dinov2", depth=2, seed=4)
-    own = state(wanted)
-    positions = own.pop("pos_embed")
-    own["register_tokens"] = own.pop("reg_token")
-    own["cls_token"] = own["cls_token"] - 0.25
-    own["pos_embed"] = torch.cat([torch.full((1, 1, 384), 0.25), positions], 1)
-    own["mask_token"] = torch.zeros(1, 384)
-    torch.save(own, tmp_path / "dinov2.pth")
-    net = timm.create_model("vit_small_patch14_reg4_dinov2", depth=2)
-    backbones._fill(net, backbones.read_weights(tmp_path / "dinov2.pth"), tmp_path / "dinov2.pth", "it")
-    for k, v in net.state_dict().items():
-        assert torch.allclose(v, wanted.net.state_dict()[k], atol=1e-6), k
-
-
 class _Payload:
     def __init__(self, target: str) -> None:
         self.target = target
@@ -251,7 +237,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path, legacy: bool) -> None:
 def test_unreadable_files(tiny: Backbone, tmp_path: Path) -> None:
     load = lambda name: problem(backbones.load, "test_vit", weights=tmp_path / name)  # noqa: E731
     assert "no weight file" in load("gone.safetensors")
-    assert "no weight file" in problem(backbones.load, "test_vit", weights=tmp_path)
+    assert "no weight file in" in problem(backbones.load, "test_vit", weights=tmp_path)
     save_file(state(tiny), tmp_path / "w.safetensors")
     torch.save(state(tiny), tmp_path / "w.pth")
     for name in ("w.safetensors", "w.pth"):
@@ -285,13 +271,16 @@ def test_files_that_do_not_fit(tiny: Backbone, tmp_path: Path) -> None:
 
 def test_registers_are_not_dropped_in_silence(tmp_path: Path) -> None:
     """The weights of the model with registers fill the one without but for the registers themselves."""
-    with_registers = backbones.random("vit_small_patch14_reg4_dinov2", depth=2)
-    save_file(state(with_registers), tmp_path / "reg.safetensors")
-    net = timm.create_model("vit_small_patch14_dinov2", depth=2)
-    says = problem(backbones._fill, net, state(with_registers), tmp_path / "reg.safetensors", "the one without")
+
+    def load(state: dict[str, torch.Tensor]) -> str:
+        save_file(state, tmp_path / "reg.safetensors")
+        net, convert = backbones._build("vit_small_patch14_dinov2", depth=2)
+        return problem(backbones._filled, net, convert, tmp_path / "reg.safetensors", "the one without")
+
+    says = load(state(backbones.random("vit_small_patch14_reg4_dinov2", depth=2)))
     assert "does not fit the one without" in says
     deeper = backbones.random("vit_small_patch14_dinov2", depth=3)
-    assert "have no place in it, 'blocks.2" in problem(backbones._fill, net, state(deeper), Path("x"), "shallow")
+    assert "have no place in it, 'blocks.2" in load(state(deeper))
 
 
 def test_a_missing_head_does_not_answer(tiny: Backbone, tmp_path: Path) -> None:
@@ -454,7 +443,7 @@ def test_dinov2_without_registers_is_resized_without_antialiasing() -> None:
 
 
 def test_facts_of_published_models() -> None:
-    giant = next(f for p, f in backbones.FACTS.items() if "vit_giant_patch14_dinov2.lvd142m".startswith(p))
+    giant = next(f for p, f in backbones.FACTS.items() if fnmatch("vit_giant_patch14_dinov2.lvd142m", p))
     assert giant.cutoff == 150.0
     assert giant.cutoff_source
     assert backbones.random("vit_small_patch16_224.dino", depth=1).facts.cutoff is None

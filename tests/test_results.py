@@ -55,10 +55,10 @@ def problem(call, *args: object, **kw: object) -> str:
 
 
 def test_token_coords() -> None:
-    coords = results.token_coords(["cls", "cls", "register", "register", *["patch"] * 6], (2, 3))
+    coords = results.token_coords(["cls", "distillation", "register", "register", *["patch"] * 6], (2, 3))
     assert {d for d, _ in coords.values()} == {"token"}
     get = {k: list(v) for k, (_, v) in coords.items()}
-    assert get["kind"] == ["cls"] * 2 + ["register"] * 2 + ["patch"] * 6
+    assert get["kind"] == ["cls", "distillation"] + ["register"] * 2 + ["patch"] * 6
     assert get["label"] == ["cls", "dist", "reg0", "reg1", "0,0", "0,1", "0,2", "1,0", "1,1", "1,2"]
     assert get["y"] == [-1] * 4 + [0, 0, 0, 1, 1, 1]
     assert get["x"] == [-1] * 4 + [0, 1, 2, 0, 1, 2]

@@ -179,7 +179,8 @@ def tokens(
 ) -> xr.DataArray:
     """Token states at one layer: pictures, layer, kinds, whether to apply the final norm → [image, token, channel].
 
-    Raises Problem for a layer or kinds of tokens that the model lacks, no pictures, and values that are not finite.
+    Raises Problem for a layer, kinds of tokens or a final norm that the model lacks, no pictures, and values that are
+    not finite.
     """
     (chosen,) = _layers(backbone, [layer], 0)
     wanted = _kinds(backbone, kinds)
@@ -187,7 +188,7 @@ def tokens(
     found: list[Tensor] = []
     keep: list[int] = []
     grid = (0, 0)
-    norm: Any = getattr(backbone.net, "norm", None) if final_norm else None
+    norm = backbone.final_norm() if final_norm else None
     with tap(backbone.net, {chosen: lambda state: found.append(state)}):
         for grid in _run(backbone, images, batch):
             state = found.pop()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from vitregs import backbones, results, scenes
+from vitregs import backbones, results, scenes, weights
 from vitregs import images as pictures
 from vitregs.backbones import Backbone
 from vitregs.images import Images
@@ -146,8 +146,7 @@ def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if files and len(files) != len(models):
         raise Problem(f"{len(files)} weight files for {len(models)} models: give one for each, '' for zoo or hub")
     for file in filter(None, files):
-        if not Path(file).expanduser().is_file():
-            raise Problem(f"no weight file at {file}")
+        weights.files(Path(file))
     for name in [*full.get("recipes", []), *([full["recipe"]] if "recipe" in full else [])]:
         parse(recipes.recipe(name), full.get("settings", []))
     _check_source(full.get("images", "scenes"))
@@ -179,6 +178,8 @@ def execute(chapter: str, values: Mapping[str, Any], out: Path, stored: Path) ->
     full, known = check(chapter, values), parameters(chapter)
     if full.get("images", "scenes") != "scenes" and Path(full["images"]).expanduser().exists():
         full["images"] = str(Path(full["images"]).expanduser().resolve())  # the kernel runs in another folder
+    if full.get("models"):
+        full["models"] = [backbones.absolute(m) for m in full["models"]]
     if full.get("weights"):
         full["weights"] = [str(Path(f).expanduser().resolve()) if f else "" for f in full["weights"]]
     given = {k: v for k, v in full.items() if v != known[k].default}
@@ -272,7 +273,7 @@ class Run:
 
     @cached_property
     def backbones(self) -> dict[str, Backbone]:
-        """The models of the chapter, loaded, by name."""
+        """The models of the chapter, loaded, by the names given for them."""
         files = self.values.get("weights") or [""] * len(self.values["models"])
         device = self.values.get("device", "auto")
         return {
@@ -301,7 +302,7 @@ class Run:
         for model, backbone in self.backbones.items():
             source = self.pictures(backbone)
             key = {"what": name, "how": _text(how), "weights": backbone.weights, **given, **source.key}
-            path = self.folder / f"{name}.{model}.nc"
+            path = self.folder / f"{name}.{backbone.name}.nc"
             data = results.stored(path, partial(_kept, how, backbone, source), key=key)
             found[model] = data["value"] if list(data.data_vars) == ["value"] else data
         return found

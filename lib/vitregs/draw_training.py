@@ -114,6 +114,7 @@ def sequences(kinds: Mapping[str, list[str]]) -> Figure:
         axis.set(xlim=(0, len(line) + 6), ylim=(-0.1, 2.4))
         axis.set_title(name, loc="left", fontsize=9)
         blank(axis)
-    handles = [Rectangle((0, 0), 1, 1, color=PALETTE[i]) for i in range(len(KINDS))]
-    figure.legend(handles, KINDS, loc="outside lower center", ncols=3)
+    there = [k for k in KINDS if any(k in sequence for sequence in kinds.values())]
+    handles = [Rectangle((0, 0), 1, 1, color=PALETTE[KINDS.index(k)]) for k in there]
+    figure.legend(handles, there, loc="outside lower center", ncols=len(there))
     return figure

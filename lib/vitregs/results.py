@@ -1,7 +1,7 @@
 """The dictionary of the project and its memory: dimension names, token kinds, labelled arrays kept with provenance.
 
 Dimensions: `model image layer head query token channel y x`. A token axis carries the coordinates `kind` (one of
-KINDS), `label` (cls, reg0, …, "3,5") and, for patches, `y` and `x` (row before column). No torch here.
+KINDS), `label` (cls, dist, reg0, summary0, …, "3,5") and, for patches, `y` and `x` (row before column). No torch here.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 
 from vitregs.problems import Problem, unknown
 
-KINDS = ("cls", "register", "patch")
+KINDS = ("cls", "register", "patch", "distillation", "summary")
+NUMBERED = ("register", "summary")  # kinds of which a model has several
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -41,9 +42,9 @@ def token_coords(kinds: Sequence[str], grid: tuple[int, int], dim: str = "token"
     y, x = np.full(len(kind), -1), np.full(len(kind), -1)
     y[patch], x[patch] = np.divmod(np.arange(patch.sum()), grid[1])
     rank = {k: np.cumsum(kind == k) - 1 for k in KINDS}
-    cls = ("cls", "dist", *(f"cls{n}" for n in range(2, len(kind))))
+    short = {"register": "reg", "distillation": "dist"}
     label = [
-        f"{y[i]},{x[i]}" if k == "patch" else f"reg{rank[k][i]}" if k == "register" else cls[rank[k][i]]
+        f"{y[i]},{x[i]}" if k == "patch" else f"{short.get(k, k)}{rank[k][i] if k in NUMBERED or rank[k][i] else ''}"
         for i, k in enumerate(kind)
     ]
     return {"kind": (dim, kind), "label": (dim, label), "y": (dim, y), "x": (dim, x)}

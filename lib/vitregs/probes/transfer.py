@@ -65,7 +65,7 @@ def _truth(batches: Sequence[Batch], name: str) -> Truth:
 
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
     """The same network before training, without registers where that is known how: backbone, seed → Backbone."""
-    if backbone.name not in backbones.zoo():
+    if not backbone.card:
         return replace(backbones.random(backbone.name, seed=seed), name=f"{backbone.name}, untrained")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -76,8 +76,8 @@ def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
 
 
 def _plain(backbone: Backbone) -> dict[str, Any]:
-    """Shape of a zoo model, as timm builds it, without registers and head."""
-    return {**backbones.card(backbone.name)["vit"], "reg_tokens": 0, "num_classes": 0}
+    """Shape of a model trained here, as timm builds it, without registers and head."""
+    return {**backbone.card["vit"], "reg_tokens": 0, "num_classes": 0}
 
 
 def _each(values: np.ndarray, at: np.ndarray, count: int) -> np.ndarray:
@@ -172,7 +172,7 @@ def measure(
     found = probe(xr.concat(parts, "image"), truth, words=words, **how)
     lowest = np.full(found.sizes["metric"], np.nan)
     if floor:
-        shape = _plain(backbone) if backbone.name in backbones.zoo() else backbone.name
+        shape = _plain(backbone) if backbone.card else backbone.name
         key = json.dumps([shape, images.key, options, how, backbone.mean, backbone.std], default=str)
         if key not in FLOORS:
             states = capture.tokens(untrained(backbone), images, batch=batch, **options)
