@@ -149,7 +149,7 @@ def test_attention_is_timms_unfused(family: Backbone) -> None:
     x = pixels(family, 4, 6)
     expected = unfused(family, x)
     layers = list(range(1, family.depth + 1))
-    kinds = [k for k in ("cls", "register", "patch") if k in family.kinds((4, 6))]
+    kinds = [k for k in results.KINDS if k in family.kinds((4, 6))]
     got = capture.attention(family, x, layers=layers, queries=kinds, batch=2)
     assert got.dims == ("image", "layer", "head", "query", "token")
     for layer in layers:

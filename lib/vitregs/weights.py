@@ -303,12 +303,14 @@ def grid(state: Tensors, net: Any) -> tuple[int, int] | None:
         Problem: If no grid is as large as the table, with a sentence that goes on after "does not fit NAME:".
     """
     own: tuple[int, int] = tuple(net.patch_embed.grid_size)
-    table = next((state[k] for k in POSITIONS if k in state), None)
+    key = next((k for k in POSITIONS if k in state), "")
+    table = state.get(key)
     if table is not None and getattr(net, "pos_embed", None) is not None:
         rows, prefix = table.shape[-2], net.pos_embed.shape[1] - own[0] * own[1]
         if rows - prefix == own[0] * own[1]:
             return own
-        for less in (prefix, 1, 0, 2, 3):  # authors' layouts keep other tokens in the table than timm
+        # DINOv2 keeps a row for CLS where timm does not, BEiT-3 two that are never used
+        for less in (prefix, 3 if key.startswith("beit3.") else 1):
             if rows > less and (side := math.isqrt(rows - less)) ** 2 == rows - less:
                 return side, side
         raise Problem(f"its position table of {rows} rows is no square grid")
