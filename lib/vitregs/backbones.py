@@ -15,6 +15,7 @@ from timm.models import get_arch_pretrained_cfgs, is_model_in_modules
 from torch import Tensor, nn
 
 from vitregs import results
+from vitregs.preparation import Preparation
 from vitregs.problems import Problem, hub, unknown
 
 ZOO = results.ROOT / "data" / "zoo"
@@ -51,7 +52,7 @@ class Backbone:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int]  # native (height, width) in pixels
-    crop: float  # share of the resized shorter side that the evaluation crop keeps
+    preparation: Preparation  # how the model's own evaluation resizes and crops
     source: str  # where the weights come from, in words
     weights: str  # SHA-256 of the weight file, or "random", or the hub's name
     facts: Facts = field(default_factory=Facts)
@@ -238,9 +239,9 @@ def random(name: str, *, seed: int = 0, **options: Any) -> Backbone:
 def _wrap(name: str, net: nn.Module, source: str, weights: str) -> Backbone:
     data = timm.data.resolve_model_data_config(net)
     facts = next((f for prefix, f in FACTS.items() if name.startswith(prefix)), Facts())
-    return Backbone(
-        name, net, data["mean"], data["std"], tuple(data["input_size"][1:]), data["crop_pct"], source, weights, facts
-    )
+    embed: Any = net.patch_embed
+    size = tuple(embed.img_size or data["input_size"][1:])  # timm's config does not follow the option img_size
+    return Backbone(name, net, data["mean"], data["std"], size, Preparation.of(data), source, weights, facts)
 
 
 def _from_timm(name: str, file: Path | None) -> Backbone:
@@ -279,7 +280,7 @@ def _from_zoo(name: str, given: Path | None) -> Backbone:
     if given is None and found != wanted:
         raise Problem(f"{files[0]} does not have the hash in its recipe: fetch the repository's data again")
     _fill(net, state, files[0], name)
-    return Backbone(name, net, mean, std, (size, size), 1.0, given.name if given else source, found)
+    return Backbone(name, net, mean, std, (size, size), Preparation(), given.name if given else source, found)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
