@@ -397,7 +397,8 @@ def test_masks_that_do_not_fit_are_left_away(tmp_path: Path) -> None:
     found = dict(zip(got.names, got.masks, strict=True))
     assert np.array_equal(found.pop("a"), plain)
     assert set(found.values()) == {None}
-    share = stream.background((2, 3))
+    with pytest.warns(UserWarning, match="3 of 4"):
+        share = stream.background((2, 3))
     assert share.shape == (4, 6)
     assert np.isnan(share).all(1).sum() == 3
 
@@ -445,7 +446,7 @@ def test_local_files_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no images in" in problem(tmp_path / "empty")
-    assert "no file" in problem("gone.parquet")
+    assert "no folder or file" in problem("gone.parquet")
     assert "no folder or file" in problem(tmp_path / "gone")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     assert "not parquet, or damaged" in problem(tmp_path / "broken.parquet")

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from vitregs import decoding, scenes
 from vitregs.preparation import Preparation
 from vitregs.problems import Problem, unknown
-from vitregs.sources import Item, Source, encoded, listed, open_source
+from vitregs.sources import NOTES, Item, Source, encoded, listed, open_source
 
 FIRST_SCENE = 2**41  # far behind every scene that a training run sees
 BOX_FORMATS = ("xyxy", "xywh")  # corners, or the corner with width and height as COCO has it
@@ -301,9 +302,10 @@ def load(
             raise Problem(f"scenes have no splits, so no {split!r}: leave the split away")
         return Images(source, shape, count, seed, preparation or Preparation(), None)
     found = open_source(source, split, image_column)
-    if found.passed:
-        what = f"{len(found.passed)} file{'s' * (len(found.passed) > 1)}"
-        warnings.warn(f"passed over {what} in {source}: {listed(found.passed)}", stacklevel=2)
+    odd = [name for name in found.passed if Path(name).suffix.lower() not in NOTES]
+    if odd:
+        what = "1 file" if len(odd) == 1 else f"{len(odd)} files"
+        warnings.warn(f"passed over {what} in {source} that cannot be used as images: {listed(odd)}", stacklevel=2)
     if found.others:
         warnings.warn(f"{source} has splits: taking {found.split}, not {', '.join(found.others)}", stacklevel=2)
     options: dict[str, Any] = {"box_format": box_format, "full_scale": full_scale}

@@ -16,6 +16,24 @@ from vitregs.problems import Problem, hub
 
 SPLITS = ("validation", "valid", "val", "test", "train")  # the first that exists is the default
 WORDS = (*SPLITS, "dev", "testing", "training")  # what names of files and folders call a split
+# endings of files that users keep beside images and nobody takes for some: passed over without a warning
+NOTES = {
+    ".txt",
+    ".md",
+    ".rst",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".py",
+    ".ipynb",
+    ".log",
+    "",
+}
 ONE = "all"  # the set of files that name no split
 IMAGES = (
     "image",
@@ -140,7 +158,7 @@ class Folder:
         used = [p for p in files if p.suffix.lower() in decoding.suffixes()]
         self.passed = [str(p.relative_to(root)) for p in files if p.suffix.lower() not in decoding.suffixes()]
         if not used:
-            raise _empty(root, files)
+            raise _empty(root, files, str(root))
         if root.is_file():
             self.root = root.parent
         folders = _split_folders(self.root, used)
@@ -341,17 +359,14 @@ def check(name: str) -> None:
     if path.is_dir():
         files = walk(path)
         if not any(f.suffix.lower() in decoding.suffixes() or f.suffix.lower() == ".parquet" for f in files):
-            raise _empty(path, files)
-    elif not path.exists():
-        if path.suffix == ".parquet":
-            raise Problem(f"no file {name}")
-        if name.startswith(("/", "./", "../", "~")):
-            raise Problem(f"no folder or file {name}")
+            raise _empty(path, files, name)
+    elif not path.exists() and (path.suffix == ".parquet" or name.startswith(("/", "./", "../", "~"))):
+        raise Problem(f"no folder or file {name}")
 
 
-def _empty(root: Path, files: Sequence[Path]) -> Problem:
+def _empty(root: Path, files: Sequence[Path], name: str) -> Problem:
     also = f", only {listed([str(f.relative_to(root)) for f in files])}" if files else ""
-    return Problem(f"no images in {root}{also} (looked for .jpg, .png, .parquet and what else Pillow reads)")
+    return Problem(f"no images in {name}{also} (looked for .jpg, .png, .parquet and what else Pillow reads)")
 
 
 def splits(path: Path) -> list[str]:

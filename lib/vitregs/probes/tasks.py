@@ -141,8 +141,9 @@ def open_set(
     seed: int = 0,
     folder: str = "",
 ) -> tuple[Images, Images]:
-    """Open a real data set: name in SETS, picture size (height, width), how images are prepared, numbers of pictures to teach
-    with and to ask about, a folder with its parquet files instead of the hub → pictures that teach, pictures that are asked about.
+    """Open a real data set: name in SETS, picture size (height, width), how images are prepared, numbers of pictures
+    to teach with and to ask about, a folder with its parquet files instead of the hub → pictures that teach, pictures that are
+    asked about.
 
     Raises Problem for unknown names, sets that have no home on the hub, and folders without the splits.
     """
