@@ -105,7 +105,7 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("diagnose supervised-pico --batch 0", "--batch must be 1 or more"),
         ("diagnose supervised-pico --plot norms.doc", "--plot writes .png, .svg or .pdf, not '.doc'"),
         ("diagnose supervised-pico --images ./nowhere", "no folder or file ./nowhere"),
-        ("diagnose supervised-pico --images x.parquet", "no file x.parquet"),
+        ("diagnose supervised-pico --images x.parquet", "no folder or file x.parquet"),
         ("diagnose supervised-pico --weights nowhere.safetensors", "no weight file at nowhere.safetensors"),
         ("diagnose supervised-pico --count 1", "144 norms are too few"),
         ("diagnose supervised-pico --count 2 --cutoff=-3", "a cut-off must be positive"),

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_arch_pretrained_cfgs
 
 from tests.test_images import encode, everything, noise, planted, problem
-from vitregs import backbones, decoding, images, results, sources
+from vitregs import backbones, decoding, images, results, sources, tables
 from vitregs.preparation import Preparation
 from vitregs.pretrain import loop
 from vitregs.pretrain.recipes import recipe
@@ -180,7 +181,10 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     root = draw(tmp_path / "set", "train/cat/1.png", "train/dog/2.png", "val/cat/3.png")
     got = everything(images.load(str(root), size=8, split="train"))
     assert sorted(zip(got.names, got.labels, strict=True)) == [("cat/1.png", "cat"), ("dog/2.png", "dog")]
-    with pytest.warns(UserWarning, match="has splits: taking val, not train"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images.load(str(root), size=8, split="val")
+    with pytest.warns(UserWarning, match="has splits: val is taken, not train"):
         assert len(images.load(str(root), size=8).source.files) == 1
     assert "has no split 'test', only train, val" in problem(root, split="test")
     assert sources.splits(root) == ["val", "train"]
@@ -396,3 +400,25 @@ def test_large_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.warns(UserWarning, match=r"skipped 1 of 2 images .* large.png \(of more than"):
         assert names(tmp_path / "set") == ["small.png"]
     assert decoding.decode(tmp_path / "set" / "small.png").size == (30, 20)
+
+
+# --- images without masks
+
+
+def test_images_without_masks_leave_the_others_theirs() -> None:
+    """A table of parts is the same as without the images that have no mask."""
+    rng = np.random.default_rng(0)
+    kinds = results.token_coords(["cls"] + ["patch"] * 6, (2, 3))
+    a = xr.DataArray(rng.random((8, 1, 2, 1, 7)), dims=("image", "layer", "head", "query", "token"), coords=kinds)
+    ground = rng.choice([0, 0.5, 1], (8, 6))
+    ground[[1, 4]] = np.nan
+    there = np.isfinite(ground).all(1)
+    whole, part = (tables.attention({"m": x}, {"m": g}) for x, g in ((a, ground), (a[there], ground[there])))
+    assert whole[1:].equals(part[1:])
+    assert whole["mean"].notna().all()
+    marked = (a[:, 0, 0, 0] > 0.5).drop_vars("layer", errors="ignore")
+    whole, part = (
+        tables.shares({"m": (x, "")}, {"m": g}) for x, g in ((marked, ground), (marked[there], ground[there]))
+    )
+    assert whole["share"].equals(part["share"])
+    assert whole["tokens"].sum() == there.sum() * 6

@@ -306,7 +306,10 @@ def load(
     if odd:
         what = "1 file" if len(odd) == 1 else f"{len(odd)} files"
         warnings.warn(f"passed over {what} in {source} that cannot be used as images: {listed(odd)}", stacklevel=2)
-    if found.others:
-        warnings.warn(f"{source} has splits: taking {found.split}, not {', '.join(found.others)}", stacklevel=2)
+    if split is None and found.others:
+        warnings.warn(
+            f"{source} has splits: {found.split} is taken, not {', '.join(found.others)} (choose with split)",
+            stacklevel=2,
+        )
     options: dict[str, Any] = {"box_format": box_format, "full_scale": full_scale}
     return Images(source, shape, count, seed, preparation or Preparation(), found, **options)

@@ -117,8 +117,8 @@ def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | N
         ground = grounds[name]
         if best.share > 0 and ground is not None:
             marked, _ = artifacts.mark(at, artifacts.cutoff(at), float(best.share))
-            group = np.select([np.isnan(ground), ground == 1], [-1, 0], 1)
-            part = artifacts.share_by_group(marked, group, ("background", "rest")).set_index("group")
+            where = np.select([np.isnan(ground), ground == 1], [-1, 0], 1)
+            part = artifacts.share_by_group(marked, where, ("background", "rest")).set_index("group")
             for group, column in (("background", "wall, %"), ("rest", "rest, %")):
                 share, low, high = 100 * part.loc[group, ["share", "low", "high"]].astype(float)
                 row[column] = f"{share:.1f} [{low:.1f}, {high:.1f}]"
