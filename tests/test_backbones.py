@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from vitregs import backbones, images, problems, results
 from vitregs.backbones import Backbone
+from vitregs.preparation import Preparation
 from vitregs.pretrain.recipe import Recipe
 from vitregs.problems import Problem
 
@@ -127,7 +128,7 @@ def test_facts_are_read_from_the_model(
     assert not bare.net.training
     assert not any(p.requires_grad for p in bare.net.parameters())
     data = timm.data.resolve_model_data_config(bare.net)
-    assert (bare.mean, bare.std, bare.crop) == (data["mean"], data["std"], data["crop_pct"])
+    assert (bare.mean, bare.std, bare.preparation) == (data["mean"], data["std"], Preparation.of(data))
     assert bare.size == data["input_size"][1:]
 
 
@@ -391,7 +392,7 @@ def test_there_and_back_is_exact(name: str) -> None:
     for k, v in bare.net.named_parameters():
         if "relative" in k or "gamma" in k or "ls" in k.split("."):
             torch.nn.init.normal_(v)  # what timm starts at zero or nearly so would hide a fault
-    again = Backbone("again", bare.net, bare.mean, bare.std, bare.size, 1.0, "", "")
+    again = Backbone("again", bare.net, bare.mean, bare.std, bare.size, Preparation(), "", "")
     p = bare.patch_size[0]
     assert 112 % p == 0
     pixels = torch.rand(1, 3, 112, 112)
@@ -458,7 +459,7 @@ def test_deit_tiny_classifies_imagenette(shared_data: Path) -> None:
     deit = backbones.load("deit_tiny_patch16_224", weights=file)
     source = shared_data / "imagenette-224" / "validation-00000-of-00001.parquet"
     hits = total = 0
-    for part in images.load(str(source), size=deit.size, crop=deit.crop).batches(50):
+    for part in images.load(str(source), size=deit.size, preparation=deit.preparation).batches(50):
         answer = deit.logits(part.pixels).argmax(1).tolist()
         hits += sum(a == IMAGENETTE[label] for a, label in zip(answer, part.labels, strict=True))
         total += len(answer)

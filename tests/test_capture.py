@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from vitregs import backbones, capture, images, results
 from vitregs.backbones import Backbone
 from vitregs.capture import hooks
+from vitregs.preparation import Preparation
 from vitregs.pretrain.recipe import Recipe
 from vitregs.problems import Problem
 
@@ -41,14 +42,14 @@ def make(name: str, *, seed: int = 0, **options: object) -> Backbone:
     if name == "pico-registers":
         torch.manual_seed(seed)
         net = timm.models.VisionTransformer(**Recipe(name, "", registers=4, layer_scale=1e-4).vit(), num_classes=0)
-        bare = Backbone(name, net, (0.4,) * 3, (0.2,) * 3, (96, 96), 1.0, "", "")
+        bare = Backbone(name, net, (0.4,) * 3, (0.2,) * 3, (96, 96), Preparation(), "", "")
     else:
         bare = backbones.random(name, seed=seed, **{**FAMILIES.get(name, {}), **options})
     generator = torch.Generator().manual_seed(seed)
     for key, value in bare.net.named_parameters():
         if "norm" not in key and key.endswith(("weight", "bias", "gamma", "gamma_1", "gamma_2", "table", "token")):
             value.copy_(torch.randn(value.shape, generator=generator) * (1.5 / value[0].numel() ** 0.5))
-    again = Backbone(name, bare.net, bare.mean, bare.std, bare.size, bare.crop, bare.source, bare.weights)
+    again = Backbone(name, bare.net, bare.mean, bare.std, bare.size, bare.preparation, bare.source, bare.weights)
     return again
 
 

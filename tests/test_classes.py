@@ -273,7 +273,12 @@ def test_a_published_model_tells_real_classes(shared_data: Any) -> None:
         "deit_tiny_patch16_224", weights=shared_data / "deit-tiny" / "deit_tiny_patch16_224.safetensors", device="cpu"
     )
     train, test = tasks.open_set(
-        "Imagenette", size=(224, 224), crop=backbone.crop, taught=120, asked=80, folder=str(shared_data / "imagenette-224")
+        "Imagenette",
+        size=(224, 224),
+        preparation=backbone.preparation,
+        taught=120,
+        asked=80,
+        folder=str(shared_data / "imagenette-224"),
     )  # fmt: skip
     found = classes.classify(backbone, train, test, asked=["Imagenette"], seeds=(0,))
     score = found["score"].sel(task="Imagenette")

@@ -104,8 +104,8 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("diagnose supervised-pico --seed -1", "--seed must be 0 or more"),
         ("diagnose supervised-pico --batch 0", "--batch must be 1 or more"),
         ("diagnose supervised-pico --plot norms.doc", "--plot writes .png, .svg or .pdf, not '.doc'"),
-        ("diagnose supervised-pico --images ./nowhere", "no folder or file nowhere"),
-        ("diagnose supervised-pico --images x.parquet", "no file x.parquet"),
+        ("diagnose supervised-pico --images ./nowhere", "no folder or file ./nowhere"),
+        ("diagnose supervised-pico --images x.parquet", "no folder or file x.parquet"),
         ("diagnose supervised-pico --weights nowhere.safetensors", "no weight file at nowhere.safetensors"),
         ("diagnose supervised-pico --count 1", "144 norms are too few"),
         ("diagnose supervised-pico --count 2 --cutoff=-3", "a cut-off must be positive"),
@@ -114,7 +114,7 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("train supervised-pico steps=many", "steps takes int, not 'many'"),
         ("train supervised-pico image_size=33", "image size 33 is not a multiple of the patch size 8"),
         ("train clip-pico images=x", "unknown recipe setting 'images'"),
-        ("train clip-pico --images ./nowhere", "no folder or file nowhere"),
+        ("train clip-pico --images ./nowhere", "no folder or file ./nowhere"),
         ("train dinov2-pico image_size=16 local_size=8", "of 4 patches is none"),
         ("train mae-pico masked=1", "masked must leave some of 64 patches visible"),
         ("train mae-pico-reg", "did you mean 'mae-pico'?"),
@@ -252,7 +252,7 @@ def test_no_network(fails: Fails, here: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "cannot fetch the weights of test_vit.r160_in1k from the hub (no network" in says
     assert "--weights" in says
     says = fails("diagnose", PICO, "--device", "cpu", "--images", "some/pictures")
-    assert "cannot load pictures from 'some/pictures'" in says
+    assert "cannot load images from 'some/pictures'" in says
 
 
 @pytest.mark.filterwarnings("default:skipped")
@@ -261,12 +261,12 @@ def test_pictures_that_cannot_be_used(here: Path, fails: Fails, capfd: pytest.Ca
     (here / "notes").mkdir()
     (here / "notes" / "a.txt").write_text("no picture")
     for folder in ("empty", "notes"):
-        assert f"no pictures in {folder}" in fails("diagnose", PICO, "--device", "cpu", "--images", folder)
-        assert f"no pictures in ./{folder}" in fails("run", "2", "--images", f"./{folder}")
-        assert f"no pictures in {folder}" in fails("run", "2", "--images", folder)
+        assert f"no images in {folder}" in fails("diagnose", PICO, "--device", "cpu", "--images", folder)
+        assert f"no images in ./{folder}" in fails("run", "2", "--images", f"./{folder}")
+        assert f"no images in {folder}" in fails("run", "2", "--images", folder)
     (here / "mixed").mkdir()
     (here / "mixed" / "bad.png").write_bytes(b"\x89PNG not really")
-    assert "not one picture of mixed can be decoded (1 tried)" in fails("diagnose", PICO, "--images", "mixed")
+    assert "not one image of mixed can be decoded (1 tried)" in fails("diagnose", PICO, "--images", "mixed")
     for i in range(2):
         noise = np.random.default_rng(i).integers(0, 255, (96, 96, 3), np.uint8)
         Image.fromarray(noise).save(here / "mixed" / f"{i}.png")
@@ -274,7 +274,7 @@ def test_pictures_that_cannot_be_used(here: Path, fails: Fails, capfd: pytest.Ca
     out, err = capfd.readouterr()
     assert json.loads(out)["skipped"] == ["bad.png"]
     assert json.loads(out)["pictures"] == 2
-    assert err.startswith("vitregs: skipped 1 of 3 pictures of mixed that cannot be decoded: bad.png")
+    assert err.startswith("vitregs: skipped 1 of 3 images of mixed that cannot be decoded: bad.png")
     assert err.count("\n") == 1
 
 

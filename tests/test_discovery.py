@@ -10,7 +10,17 @@ import xarray as xr
 from PIL import Image
 from scipy import ndimage
 
-from vitregs import artifacts, backbones, capture, discovery, draw_discovery, images, published, tables_discovery
+from vitregs import (
+    artifacts,
+    backbones,
+    capture,
+    decoding,
+    discovery,
+    draw_discovery,
+    images,
+    published,
+    tables_discovery,
+)
 from vitregs.problems import Problem
 from vitregs.results import token_coords
 
@@ -337,7 +347,7 @@ def test_whole_pictures_are_padded_and_boxes_clipped(tmp_path: Path):
     found = discovery.whole(backbone, source, bias=-0.3, normalise=True)
     wanted = []
     for item in source.source.items(None, 0):
-        x = torch.from_numpy(np.asarray(images.decode(item.data), np.float32) / 255).permute(2, 0, 1)
+        x = torch.from_numpy(np.asarray(decoding.decode(item.data), np.float32) / 255).permute(2, 0, 1)
         size = x.shape[1:]
         padded = torch.tensor(backbone.mean)[:, None, None].expand(3, 64, 88).clone()
         padded[:, : size[0], : size[1]] = x

@@ -5,6 +5,7 @@ import socket
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
-from vitregs import images, problems, scenes
+from vitregs import decoding, images, problems, scenes, sources
+from vitregs.preparation import Preparation
 from vitregs.problems import Problem
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF"}
@@ -108,7 +110,6 @@ def test_folder_names_and_labels(folder: Path) -> None:
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.jpg").write_bytes(encode(noise(), "JPEG"))
-    (tmp_path / "flat" / "notes.txt").write_text("not a picture, and not counted as one")
     got = everything(images.load(str(tmp_path / "flat"), size=8))
     assert (got.labels, got.names) == ([None], ["a.jpg"])
 
@@ -162,9 +163,18 @@ def test_key_follows_the_pixels(folder: Path) -> None:
         return images.load(source, **{"size": 8, **kw}).key
 
     assert key() == key()
-    others = [key(size=9), key(seed=1), key(count=2), key(crop=0.9), key("scenes"), key("scenes", seed=4)]
+    others = [
+        key(size=9),
+        key(seed=1),
+        key(count=2),
+        key(preparation=Preparation(0.9)),
+        key(full_scale=4095),
+        key(box_format="xywh"),
+        key("scenes"),
+        key("scenes", seed=4),
+    ]
     (folder / "cat" / "new.png").write_bytes(encode(noise()))
-    assert len({repr(k) for k in [key(), *others]}) == 7
+    assert len({repr(k) for k in [key(), *others]}) == 9
     assert all(key() != k for k in others)
 
 
@@ -174,7 +184,7 @@ def test_batch_size_does_not_change_pixels(folder: Path, tmp_path: Path, kind: s
     source = {"scenes": "scenes", "folder": str(folder), "parquet": str(tmp_path / "p.parquet")}[kind]
     if kind == "parquet":
         parquet(Path(source), [encode(noise(seed=i)) for i in range(7)])
-    load = lambda: images.load(source, size=(12, 16), count=7, crop=0.8)  # noqa: E731
+    load = lambda: images.load(source, size=(12, 16), count=7, preparation=Preparation(0.8))  # noqa: E731
     whole, parts = everything(load(), 7), list(load().pixels(batch))
     assert torch.equal(torch.cat(parts), whole.pixels)
     assert max(map(len, parts)) == min(batch, 7)
@@ -185,8 +195,8 @@ def test_batch_size_does_not_change_pixels(folder: Path, tmp_path: Path, kind: s
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
 def test_decoding_is_lazy(folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder if kind == "folder" else parquet(tmp_path / "p.parquet", [encode(noise(seed=i)) for i in range(7)])
-    decoded, real = [], images.decode
-    monkeypatch.setattr(images, "decode", lambda data: decoded.append(1) or real(data))
+    decoded, real = [], decoding.read
+    monkeypatch.setattr(decoding, "read", lambda data: decoded.append(1) or real(data))
     stream = images.load(str(source), size=8).batches(2)
     assert len(decoded) == 0
     next(stream)
@@ -200,8 +210,8 @@ def test_reading_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     file = parquet(tmp_path / "p.parquet", [encode(noise(seed=i)) for i in range(40)])
     source = images.load(str(file), size=8)
     rows = source.source.items(None, 0)
-    taken, real = [], images.Item
-    monkeypatch.setattr(images, "Item", lambda *a: taken.append(1) or real(*a))
+    taken, real = [], sources.Item
+    monkeypatch.setattr(sources, "Item", lambda *a: taken.append(1) or real(*a))
     next(rows)
     assert len(taken) == 1
     next(source.batches(3))
@@ -223,9 +233,9 @@ def test_a_planted_rectangle_stays_in_its_box(height, width, size, crop, data) -
     y0, x0 = data.draw(st.integers(0, height - 6)), data.draw(st.integers(0, width - 6))
     y1, x1 = data.draw(st.integers(y0 + 4, height)), data.draw(st.integers(x0 + 4, width))
     picture = planted(height, width, (y0, x0, y1, x1))
-    source = images.Images("x", size, None, 0, crop, None)
+    source = images.Images("x", size, None, 0, Preparation(crop), None)
     mask = {"bytes": encode((picture[..., 0] // 255 * 7).astype(np.uint8))}
-    done = source._decode(images.Item("a", encode(picture), boxes=[[x0, y0, x1, y1]], mask=mask))
+    done = source._prepare(images.Item("a", encode(picture), boxes=[[x0, y0, x1, y1]], mask=mask))
     assert done is not None
     _, pixels, _, boxes, labels = done
     assert pixels.shape == (3, *size)
@@ -250,8 +260,8 @@ def test_a_planted_rectangle_stays_in_its_box(height, width, size, crop, data) -
 
 def test_boxes_outside_the_crop_vanish() -> None:
     picture = planted(20, 60, (2, 0, 18, 6))
-    source = images.Images("x", (20, 20), None, 0, 1.0, None)
-    _, pixels, _, boxes, _ = source._decode(images.Item("a", encode(picture), boxes=[[0, 2, 6, 18], [25, 2, 55, 18]]))
+    source = images.Images("x", (20, 20), None, 0, Preparation(), None)
+    _, pixels, _, boxes, _ = source._prepare(images.Item("a", encode(picture), boxes=[[0, 2, 6, 18], [25, 2, 55, 18]]))
     assert pixels.max() == 0
     assert boxes.tolist() == [[2, 5, 18, 20]]
 
@@ -261,7 +271,7 @@ def test_boxes_outside_the_crop_vanish() -> None:
 def test_square_crops_are_those_of_timm(height: int, width: int, crop: float) -> None:
     picture = Image.fromarray(noise(height, width))
     theirs = create_transform((3, 56, 56), is_training=False, interpolation="bicubic", crop_pct=crop, mean=0, std=1)
-    ours = np.asarray(images.fit(picture, (56, 56), crop, Image.Resampling.BICUBIC)[0], np.float32) / 255
+    ours = np.asarray(Preparation(crop).apply(picture, (56, 56))[0], np.float32) / 255
     assert np.array_equal(ours, theirs(picture).permute(1, 2, 0).numpy())
 
 
@@ -271,39 +281,39 @@ def test_square_crops_are_those_of_timm(height: int, width: int, crop: float) ->
 def test_grey_palette_alpha_and_the_like() -> None:
     rgb = noise()
     grey = Image.fromarray(rgb).convert("L")
-    assert np.array_equal(np.asarray(images.decode(encode(grey))), np.stack([np.asarray(grey)] * 3, -1))
+    assert np.array_equal(np.asarray(decoding.decode(encode(grey))), np.stack([np.asarray(grey)] * 3, -1))
     alpha = Image.fromarray(np.dstack([rgb, np.full(rgb.shape[:2], 99, np.uint8)]))
-    assert np.array_equal(np.asarray(images.decode(encode(alpha))), rgb)
+    assert np.array_equal(np.asarray(decoding.decode(encode(alpha))), rgb)
     palette = Image.fromarray(rgb // 64 * 64).quantize(64)
-    assert np.array_equal(np.asarray(images.decode(encode(palette))), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(np.asarray(decoding.decode(encode(palette))), np.asarray(palette.convert("RGB")))
     clear = encode(palette, transparency=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(np.asarray(images.decode(clear)), np.asarray(palette.convert("RGB")))
+        assert np.array_equal(np.asarray(decoding.decode(clear)), np.asarray(palette.convert("RGB")))
     bilevel = grey.convert("1")
-    assert np.array_equal(np.asarray(images.decode(encode(bilevel)))[..., 0] > 0, np.asarray(bilevel))
+    assert np.array_equal(np.asarray(decoding.decode(encode(bilevel)))[..., 0] > 0, np.asarray(bilevel))
     cmyk = Image.fromarray(np.full((4, 4, 3), (200, 30, 30), np.uint8)).convert("CMYK")
-    assert np.asarray(images.decode(encode(cmyk, "TIFF"))).mean((0, 1)) == pytest.approx((200, 30, 30), abs=2)
+    assert np.asarray(decoding.decode(encode(cmyk, "TIFF"))).mean((0, 1)) == pytest.approx((200, 30, 30), abs=2)
 
 
 @pytest.mark.parametrize("top", [200, 65535])
 def test_16_bits(top: int) -> None:
     """The dark picture is as dark as it says: 200 of 65535 is black."""
     grey = np.linspace(0, top, 600).reshape(20, 30).astype(np.uint16)
-    got = np.asarray(images.decode(encode(Image.fromarray(grey))))
+    got = np.asarray(decoding.decode(encode(Image.fromarray(grey))))
     assert got.shape == (20, 30, 3)
     assert np.abs(got[..., 1] - grey / 257.0).max() <= 0.5001
-    wide = np.asarray(images.decode(encode(Image.fromarray(grey.astype(np.int32)), "TIFF")))
+    wide = np.asarray(decoding.decode(encode(Image.fromarray(grey.astype(np.int32)), "TIFF")))
     assert np.array_equal(wide, got)
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
 def test_floats(top: float) -> None:
     grey = np.linspace(0, top, 600, dtype=np.float32).reshape(20, 30)
-    got = np.asarray(images.decode(encode(Image.fromarray(grey), "TIFF")))
+    got = np.asarray(decoding.decode(encode(Image.fromarray(grey), "TIFF")))
     assert np.abs(got[..., 0] / 255 - grey / top).max() < 0.003
     grey[3, 3] = np.nan
-    assert np.asarray(images.decode(encode(Image.fromarray(grey), "TIFF")))[3, 3, 0] == 0
+    assert np.asarray(decoding.decode(encode(Image.fromarray(grey), "TIFF")))[3, 3, 0] == 0
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -322,7 +332,7 @@ def test_exif_rotation(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = encode(np.ascontiguousarray(undo(upright)), "JPEG", quality=95, exif=exif)
-    got = np.asarray(images.decode(stored), float)
+    got = np.asarray(decoding.decode(stored), float)
     assert got.shape == upright.shape
     assert np.abs(got - upright).max() < 60  # JPEG
     assert got[:7, :7].mean() > 240
@@ -342,7 +352,7 @@ def test_damage_is_always_the_same_error(kind: str, cut: float, flips: list[int]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            assert images.decode(bytes(data[: int(cut * len(data))])).mode == "RGB"
+            assert decoding.decode(bytes(data[: int(cut * len(data))])).mode == "RGB"
         except OSError:
             return
 
@@ -351,7 +361,7 @@ def test_damage_is_always_the_same_error(kind: str, cut: float, flips: list[int]
 def test_truncated_files_are_refused(kind: str) -> None:
     data = encode(noise(80, 80), kind)
     with pytest.raises(OSError, match="damaged"):
-        images.decode(data[: len(data) // 2])
+        decoding.decode(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
@@ -366,7 +376,7 @@ def test_broken_pictures_are_skipped_and_counted_aloud(tmp_path: Path, kind: str
         source = parquet(tmp_path / "p.parquet", good + bad, name=[f"{i}.png" for i in range(8)])
     stream = images.load(str(source), size=(20, 30))
     for _ in range(2):  # a second reading counts anew
-        with pytest.warns(UserWarning, match=r"skipped 3 of 8 pictures of .* that cannot be decoded: \d.png") as heard:
+        with pytest.warns(UserWarning, match=r"skipped 3 of 8 images of .* that cannot be decoded: \d.png") as heard:
             got = everything(stream, 3)
         assert len(heard) == 1
         assert "\n" not in str(heard[0].message)
@@ -375,15 +385,22 @@ def test_broken_pictures_are_skipped_and_counted_aloud(tmp_path: Path, kind: str
         assert len(got.pixels) == len(got.labels) == len(got.boxes) == len(got.masks) == 5
 
 
-def test_masks_that_do_not_fit_are_skipped_too(tmp_path: Path) -> None:
+def test_masks_that_do_not_fit_are_left_away(tmp_path: Path) -> None:
+    """What stands beside an image never costs the image."""
     plain = np.ones((20, 30), np.uint8)
     masks = [encode(plain), encode(plain[:, :20]), b"broken", encode(noise())]
     file = parquet(tmp_path / "p.parquet", [encode(noise())] * 4, mask=masks, name=list("abcd"))
     stream = images.load(str(file), size=(20, 30))
-    with pytest.warns(UserWarning, match="skipped 3 of 4"):
+    with pytest.warns(UserWarning, match="3 of 4 images of .* have a mask or boxes that do not fit"):
         got = everything(stream)
-    assert got.names == ["a"]
-    assert np.array_equal(got.masks[0], plain)
+    assert sorted(got.names) == list("abcd")
+    found = dict(zip(got.names, got.masks, strict=True))
+    assert np.array_equal(found.pop("a"), plain)
+    assert set(found.values()) == {None}
+    with pytest.warns(UserWarning, match="3 of 4"):
+        share = stream.background((2, 3))
+    assert share.shape == (4, 6)
+    assert np.isnan(share).all(1).sum() == 3
 
 
 def test_a_missing_picture_in_a_row_is_skipped(tmp_path: Path) -> None:
@@ -403,7 +420,7 @@ def test_no_warning_without_cause(folder: Path) -> None:
 def test_all_broken(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"broken")
-    with pytest.raises(Problem, match=r"not one picture of .* can be decoded \(3 tried\)$"):
+    with pytest.raises(Problem, match=r"not one image of .* can be decoded \(3 tried\)$"):
         list(images.load(str(tmp_path), size=8).batches())
 
 
@@ -428,23 +445,31 @@ def test_local_files_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no pictures in" in problem(tmp_path / "empty")
-    assert "no file" in problem("gone.parquet")
+    assert "no images in" in problem(tmp_path / "empty")
+    assert "no folder or file" in problem("gone.parquet")
     assert "no folder or file" in problem(tmp_path / "gone")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     assert "not parquet, or damaged" in problem(tmp_path / "broken.parquet")
     whole = parquet(tmp_path / "whole.parquet", [encode(noise(seed=i)) for i in range(5)]).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     assert "not parquet, or damaged" in problem(tmp_path / "cut.parquet")
-    (tmp_path / "photo.jpg").write_bytes(encode(noise(), "JPEG"))
-    assert "not parquet, or damaged" in problem(tmp_path / "photo.jpg")
+    (tmp_path / "notes.txt").write_text("words")
+    assert "not parquet, or damaged" in problem(tmp_path / "notes.txt")
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "text.parquet")
     assert "has no image column, only text" in problem(tmp_path / "text.parquet")
 
 
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"size": (8, -1)}, {"count": 0}, {"crop": 0.0}, {"crop": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"size": 0}, {"size": (8, -1)}, {"count": 0}, {"box_format": "corners"}, {"full_scale": 0.0}, {"split": "train"}],
+    ids=str,
+)
 def test_bad_numbers(wrong: dict) -> None:
-    assert next(iter(wrong)) in problem("scenes", **wrong)
+    assert next(iter(wrong)).split("_")[0] in problem("scenes", **wrong)
+    with pytest.raises(Problem, match="crop must be a share"):
+        Preparation(1.5)
+    with pytest.raises(Problem, match="unknown crop mode 'centre': did you mean 'center'"):
+        Preparation(mode="centre")
 
 
 def test_bad_batch(folder: Path) -> None:
@@ -517,22 +542,26 @@ def test_hub_names_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     asked = []
 
-    def load(name: str, split: str, streaming: bool) -> datasets.IterableDataset:
-        asked.append((name, split, streaming))
+    def load(name: str, split: str, streaming: bool, revision: str | None) -> datasets.IterableDataset:
+        asked.append((name, split, streaming, revision))
         return real("parquet", data_files=str(file), split="train", streaming=True)
 
     real = datasets.load_dataset
     monkeypatch.setattr(problems, "_answers", lambda *_: True)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _name: ["train", "validation"])
     monkeypatch.setattr(datasets, "load_dataset", load)
+    commit = ["abc"]
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda _self, _name: SimpleNamespace(sha=commit[0]))
     stream = images.load("someone/pictures", size=8, count=5, seed=1)
-    assert asked == [("someone/pictures", "validation", True)]
+    assert asked == [("someone/pictures", "validation", True, "abc")]
     names = everything(stream).names
     assert len(set(names)) == 5
     assert everything(stream).names == names
     assert names != everything(images.load("someone/pictures", size=8, count=5, seed=2)).names
     with pytest.raises(Problem, match="no split 'test', only train, validation"):
         images.load("someone/pictures", size=8, split="test")
+    commit[0] = "def"  # a data set that was changed on the hub is another one
+    assert images.load("someone/pictures", size=8, count=5, seed=1).key != stream.key
 
 
 # --- real pictures

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitregs import results, weights
+from vitregs.preparation import Preparation
 from vitregs.problems import Problem, hub, unknown
 
 ZOO = results.ROOT / "data" / "zoo"
@@ -88,7 +89,7 @@ class Backbone:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int]  # native (height, width) in pixels
-    crop: float  # share of the resized shorter side that the evaluation crop keeps
+    preparation: Preparation  # how the model's own evaluation resizes and crops
     source: str  # where the weights come from, in words
     weights: str  # SHA-256 of the weight file, or "random", or the hub's name
     facts: Facts = field(default_factory=Facts)
@@ -410,9 +411,9 @@ def random(name: str, *, seed: int = 0, **options: Any) -> Backbone:
 def _wrap(name: str, net: nn.Module, source: str, weights: str) -> Backbone:
     data = timm.data.resolve_model_data_config(net)
     facts = next((f for pattern, f in FACTS.items() if fnmatch(name, pattern)), Facts())
-    return Backbone(
-        name, net, data["mean"], data["std"], tuple(data["input_size"][1:]), data["crop_pct"], source, weights, facts
-    )
+    embed: Any = net.patch_embed
+    size = tuple(embed.img_size or data["input_size"][1:])  # timm's config does not follow the option img_size
+    return Backbone(name, net, data["mean"], data["std"], size, Preparation.of(data), source, weights, facts)
 
 
 def _described(backbone: Backbone, convert: Any) -> Backbone:
@@ -525,7 +526,7 @@ def _from_folder(folder: Path, name: str, given: Path | None) -> Backbone:
         mean,
         std,
         (rows * height, columns * width),
-        1.0,
+        Preparation(),
         source,
         results.file_hash(*found),
         loaded=notes,

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from vitregs import backbones, results, scenes, weights
+from vitregs import backbones, results, scenes, sources, weights
 from vitregs import images as pictures
 from vitregs.backbones import Backbone
 from vitregs.images import Images
@@ -149,21 +149,11 @@ def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
         weights.files(Path(file))
     for name in [*full.get("recipes", []), *([full["recipe"]] if "recipe" in full else [])]:
         parse(recipes.recipe(name), full.get("settings", []))
-    _check_source(full.get("images", "scenes"))
+    if full.get("images", "scenes") != "scenes":
+        sources.check(full["images"])
     if "device" in full:
         backbones.pick_device(full["device"])
     return full
-
-
-def _check_source(source: str) -> None:
-    """Raise Problem for a path that does not exist and for a folder without pictures; names of data sets pass."""
-    path = Path(source).expanduser()
-    if source.startswith(("/", "./", "../", "~")) and not path.exists():
-        raise Problem(f"no folder or file {source}")
-    if source != "scenes" and path.is_dir():
-        wanted = (*pictures.SUFFIXES, ".parquet")
-        if not any(p.suffix.lower() in wanted and p.is_file() for p in path.rglob("*")):
-            raise Problem(f"no pictures in {source} (looked for {', '.join(wanted)})")
 
 
 def execute(chapter: str, values: Mapping[str, Any], out: Path, stored: Path) -> Path:
@@ -287,7 +277,11 @@ class Run:
         size = (side, side) if side else backbone.size
         backbone.grid(size)
         return pictures.load(
-            self.values["images"], size=size, count=self.values["count"], seed=self.values["seed"], crop=backbone.crop
+            self.values["images"],
+            size=size,
+            count=self.values["count"],
+            seed=self.values["seed"],
+            preparation=backbone.preparation,
         )
 
     def measure(self, name: str, how: Callable[[Backbone, Images], Any]) -> dict[str, Any]:

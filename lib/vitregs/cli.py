@@ -86,7 +86,7 @@ def _diagnose(words: argparse.Namespace) -> None:
     size = (words.size[0], words.size[-1]) if words.size else backbone.size
     backbone.grid(size)
     source = images.load(
-        words.images, size=size, count=words.count, seed=words.seed, split=words.split, crop=backbone.crop
+        words.images, size=size, count=words.count, seed=words.seed, split=words.split, preparation=backbone.preparation
     )
     found = diagnose(backbone, source, cut=words.cutoff, batch=words.batch)
     if words.plot:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitregs import artifacts, capture
 from vitregs.backbones import Backbone, pick_device
-from vitregs.images import Images, decode
+from vitregs.images import Images
 from vitregs.problems import Problem, unknown
 from vitregs.results import grid
 
@@ -316,18 +316,15 @@ def whole(
         raise Problem("scenes have no size of their own: give pictures with boxes")
     which = preferred(backbone) if projection == "auto" else projection
     (p, q), hits = backbone.patch_size, []
-    for item in images.source.items(images.count, images.seed):
-        try:
-            picture = np.asarray(decode(item.data), np.float32) / 255
-        except OSError:
-            continue
+    for item, image in images.whole():
+        picture = np.asarray(image, np.float32) / 255
         height, width, _ = picture.shape
         pixels = torch.tensor(backbone.mean).repeat(-(-height // p) * p, -(-width // q) * q, 1)
         pixels[:height, :width] = torch.from_numpy(picture)
         features = capture.projections(backbone, pixels.permute(2, 0, 1)[None], which=which)
         given: dict[str, Any] = {"patch_size": (p, q), "size": (height, width), "device": str(backbone.device)}
         found = lost(features, bias=bias, normalise=normalise, **given)
-        true = np.asarray([] if item.boxes is None else item.boxes, float).reshape(-1, 4)[:, [1, 0, 3, 2]]
+        true = images.true_boxes(item, image.size)[:, [1, 0, 3, 2]]
         over = overlap(found["box"].values, [true])[0]
         hits.append(np.nan if np.isnan(over) else float(over >= OVERLAP))
     return _score(xr.DataArray(hits, dims="image", name="hit"))

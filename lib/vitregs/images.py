@@ -1,37 +1,35 @@
-"""Pixels with names, labels, boxes and masks from scenes, a folder of pictures, or a Hugging Face `datasets` source.
+"""Pixels with names, labels, boxes and masks from scenes, files, a folder, or a Hugging Face `datasets` source.
 
-Pictures are decoded one batch at a time. Grey, palette, RGBA and 16-bit pictures become RGB, EXIF rotation is applied,
-and what cannot be decoded is skipped, counted and said aloud.
+Images are decoded one batch at a time. Grey, palette, RGBA and 16-bit images become RGB, EXIF rotation is applied,
+and what cannot be decoded or is not used is counted and said aloud.
 """
 
-import hashlib
-import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from vitregs import scenes
-from vitregs.problems import Problem, hub
+from vitregs import decoding, scenes
+from vitregs.preparation import Preparation
+from vitregs.problems import Problem, unknown
+from vitregs.sources import NOTES, Item, Source, encoded, listed, open_source
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SPLITS = ("validation", "valid", "val", "test", "train")  # the first that exists is the default
-PICTURES = ("image", "img", "webp", "jpg")  # columns, as data sets name them; the last two are those of webdataset
-LABELS, BOXES, MASKS = ("label", "fine_label", "labels", "cls", "npy"), ("boxes", "box"), ("mask", "annotation")
 FIRST_SCENE = 2**41  # far behind every scene that a training run sees
-SHUFFLE = 1000  # pictures in the shuffle buffer of a source that can only be streamed
+BOX_FORMATS = ("xyxy", "xywh")  # corners, or the corner with width and height as COCO has it
+SCANNED = 32  # images that tell the range of a source of more than 8 bits
+DARK = 0.1  # share of the range below which a source is said to be dark
 
 
 @dataclass
 class Batch:
-    """Some pictures of one size: pixels (n, 3, H, W) in [0, 1] and, for each, what is known of it."""
+    """Some images of one size: pixels (n, 3, H, W) in [0, 1] and, for each, what is known of it."""
 
     pixels: Tensor
     names: list[str]
@@ -42,144 +40,66 @@ class Batch:
 
 
 @dataclass
-class Item:
-    """One encoded picture of a source."""
-
-    name: str
-    data: bytes | Path
-    label: Any = None
-    boxes: Any = None  # x0, y0, x1, y1 in pixels of the original, as data sets have them
-    mask: Any = None
-
-
-class Source(Protocol):
-    """A list of encoded pictures that is read lazily."""
-
-    fingerprint: str
-
-    def items(self, count: int | None, seed: int) -> Iterator[Item]:
-        """Yield pictures in the order drawn by the seed, at most `count`."""
-        ...
-
-
-@dataclass
-class Folder:
-    """Pictures below a folder; a picture's label is the name of its subfolder."""
-
-    root: Path
-
-    def __post_init__(self) -> None:
-        self.files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not self.files:
-            raise Problem(f"no pictures in {self.root} (looked for {', '.join(SUFFIXES)} and .parquet)")
-        listing = [(str(p.relative_to(self.root)), p.stat().st_size) for p in self.files]
-        self.fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()[:12]
-
-    def items(self, count: int | None, seed: int) -> Iterator[Item]:
-        """Yield pictures in the order drawn by the seed."""
-        for i in np.random.default_rng(seed).permutation(len(self.files))[:count]:
-            file = self.files[i]
-            nested = file.parent != self.root
-            yield Item(str(file.relative_to(self.root)), file, file.parent.name if nested else None)
-
-
-class Hub:
-    """A `datasets` source: local parquet files (random access on disk) or a hub name (streamed)."""
-
-    def __init__(self, name: str, split: str | None) -> None:
-        """Open a source: a parquet file, a folder of them or a hub name, and its split (None: the first of SPLITS)."""
-        self.name = name
-        path = Path(name)
-        files = [path] if path.is_file() else sorted(path.glob("*.parquet")) if path.is_dir() else []
-        try:
-            self.rows, self.split = self._local(files, split) if files else self._remote(split)
-        except Problem:
-            raise
-        except Exception as error:  # hub clients and parquet readers raise many kinds
-            what = "it is not parquet, or damaged" if files else "nothing of that name here, and the hub gives no data "
-            what += "" if files else "set of that name (no network, or no such name)"
-            raise Problem(f"cannot load pictures from {name!r}: {what}") from error
-        columns = list(self.rows.features or {})
-        found = next((c for c in PICTURES if c in columns), None)
-        if found is None:
-            raise Problem(f"{name} has no image column, only {', '.join(columns)}")
-        import datasets
-
-        self.column = found
-        for key in [self.column, *(m for m in MASKS if m in columns)]:
-            self.rows = self.rows.cast_column(key, datasets.Image(decode=False))
-        self.keys = [next((k for k in options if k in columns), None) for options in (LABELS, BOXES, MASKS)]
-        names = getattr((self.rows.features or {}).get(self.keys[0]), "names", None)
-        self.classes: list[str] = list(names or [])  # in the order of integer labels; empty where none are named
-        facts: list[object] = [(f.name, f.stat().st_size) for f in files] or [name]
-        self.fingerprint = hashlib.sha256(repr([facts, self.split]).encode()).hexdigest()[:12]
-
-    def _local(self, files: list[Path], split: str | None) -> tuple[Any, str]:
-        import datasets
-
-        groups: dict[str, list[str]] = {}
-        for file in files:
-            groups.setdefault(file.name.split("-")[0].removesuffix(".parquet"), []).append(str(file))
-        chosen = _split(split, list(groups), self.name)
-        datasets.disable_progress_bars()
-        return datasets.Dataset.from_parquet(groups[chosen]), chosen  # load_dataset would report to the hub
-
-    def _remote(self, split: str | None) -> tuple[Any, str]:
-        import datasets
-
-        with hub():
-            chosen = _split(split, datasets.get_dataset_split_names(self.name), self.name)
-            return datasets.load_dataset(self.name, split=chosen, streaming=True), chosen
-
-    def items(self, count: int | None, seed: int) -> Iterator[Item]:
-        """Yield pictures in the order drawn by the seed."""
-        if hasattr(self.rows, "select"):
-            rows: Any = self.rows.select(np.random.default_rng(seed).permutation(len(self.rows))[:count])
-        else:
-            rows = islice(self.rows.shuffle(seed=seed, buffer_size=SHUFFLE), count)
-        label, boxes, mask = self.keys
-        for i, row in enumerate(rows):
-            cell = row[self.column] or {}
-            data = cell.get("bytes") or Path(cell.get("path") or "missing")
-            name = str(row.get("name") or cell.get("path") or f"{self.split} {i}")
-            yield Item(name, data, *(row[k] if k else None for k in (label, boxes, mask)))
-
-
-def _split(wanted: str | None, there: Sequence[str], name: str) -> str:
-    if wanted is not None and wanted not in there:
-        raise Problem(f"{name} has no split {wanted!r}, only {', '.join(there)}")
-    return wanted or next((s for s in SPLITS if s in there), there[0])
-
-
-@dataclass
 class Images:
-    """A stream of pictures of one size; `skipped` fills while it is read."""
+    """A stream of images of one size; `skipped` and `unused` fill while it is read.
+
+    Args:
+        name: The source, as it was given.
+        size: Height and width in pixels.
+        count: The most images that are drawn, None for all.
+        seed: Draws which.
+        preparation: How an image is resized and cropped.
+        source: Where encoded images come from, None for scenes.
+        difficulty: Of scenes.
+        box_format: What four numbers of a box mean, one of BOX_FORMATS.
+        full_scale: The value that is white in images of more than 8 bits, None to go by type and metadata.
+    """
 
     name: str
     size: tuple[int, int]
     count: int | None
     seed: int
-    crop: float
-    source: Source | None  # None: scenes
+    preparation: Preparation
+    source: Source | None
     difficulty: scenes.Difficulty = field(default_factory=scenes.Difficulty)
-    skipped: list[str] = field(default_factory=list)
+    box_format: str = "xyxy"
+    full_scale: float | None = None
+    skipped: list[str] = field(default_factory=list)  # names of images that cannot be decoded
+    unused: list[str] = field(default_factory=list)  # names of images whose mask or boxes cannot be used
+
+    def __post_init__(self) -> None:
+        """Nothing is read yet."""
+        self._white: dict[str, float] = {}
+        self._peak: float | None = None  # brightest value of the images of more than 8 bits, as a share of their range
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content of the images drawn: → 12 hexadecimal digits, or "scenes"."""
+        return "scenes" if self.source is None else self.source.fingerprint(self.count, self.seed)
+
+    @property
+    def passed(self) -> list[str]:
+        """Names of what lies in the source and is not used."""
+        return [] if self.source is None else self.source.passed
 
     @property
     def key(self) -> dict[str, Any]:
-        """What decides the pixels, for the key of a stored result."""
-        found = "scenes" if self.source is None else self.source.fingerprint
-        facts = {"images": found, "size": self.size, "count": self.count, "seed": self.seed, "crop": self.crop}
-        return facts | ({"difficulty": repr(self.difficulty)} if self.source is None else {})
+        """What decides the pixels and what is known of them, for the key of a stored result."""
+        facts: dict[str, Any] = {"images": self.fingerprint, "size": self.size, "count": self.count, "seed": self.seed}
+        if self.source is None:
+            return facts | {"difficulty": repr(self.difficulty)}
+        more = {"preparation": self.preparation, "box_format": self.box_format, "full_scale": self.full_scale}
+        return facts | {k: repr(v) for k, v in more.items()}
 
     def pixels(self, batch: int = 32) -> Iterator[Tensor]:
-        """Yield pixels (n, 3, H, W) in [0, 1], at most `batch` pictures at a time."""
+        """Yield pixels (n, 3, H, W) in [0, 1], at most `batch` images at a time."""
         for part in self.batches(batch):
             yield part.pixels
 
     def batches(self, batch: int = 32) -> Iterator[Batch]:
-        """Yield pictures with what is known of them, at most `batch` at a time.
+        """Yield images with what is known of them, at most `batch` at a time.
 
-        Raises Problem if not one can be decoded; warns at the end if some could not.
+        Raises Problem if not one can be decoded and for boxes of another format; warns at the end of what could not be used.
         """
         if batch < 1:
             raise Problem(f"batch must be 1 or more, not {batch}")
@@ -187,34 +107,107 @@ class Images:
             yield from self._scenes(batch)
             return
         self.skipped.clear()
+        self.unused.clear()
+        self._peak = None
         done, rows = 0, self.source.items(self.count, self.seed)
         while chunk := list(islice(rows, batch)):
-            good = [item for item in map(self._decode, chunk) if item is not None]
+            good = [item for item in map(self._prepare, chunk) if item is not None]
             done += len(good)
             if good:
                 names, pixels, labels, boxes, masks = map(list, zip(*good, strict=True))
                 yield Batch(torch.stack(pixels), names, labels, boxes, masks)
         if not done:
-            raise Problem(f"not one picture of {self.name} can be decoded ({len(self.skipped)} tried)")
+            raise Problem(f"not one image of {self.name} can be decoded ({len(self.skipped)} tried)")
+        self._tell(done)
+
+    def _tell(self, done: int) -> None:
+        """Warn of what a reading could not use."""
+        total = done + len(self.skipped)
         if self.skipped:
+            what = f"skipped {len(self.skipped)} of {total} images of {self.name} that cannot be decoded"
+            warnings.warn(f"{what}: {listed(self.skipped)}", stacklevel=3)
+        if self.unused:
+            what = f"{len(self.unused)} of {total} images of {self.name} have a mask or boxes that do not fit them"
+            warnings.warn(f"{what}, which are left away: {listed(self.unused)}", stacklevel=3)
+        if self._peak is not None and self._peak < DARK:
+            tops = ", ".join(f"{v:g}" for v in self._white.values())
             warnings.warn(
-                f"skipped {len(self.skipped)} of {done + len(self.skipped)} pictures of {self.name} that cannot be "
-                f"decoded: {', '.join(self.skipped[:3])}{' …' if len(self.skipped) > 3 else ''}",
-                stacklevel=2,
+                f"the images of {self.name} are nearly black: their brightest value is {100 * self._peak:.1f} % of {tops}; "
+                "if another value is white (4095 in data of 12 bits), give it as full_scale",
+                stacklevel=3,
             )
 
     def background(self, grid: tuple[int, int]) -> np.ndarray | None:
-        """Share of background (mask 0) in every patch of a grid (rows, columns): → (pictures, patches) in [0, 1], or None if not
-        all pictures have masks."""
+        """Share of background (mask 0) in every patch of a grid.
+
+        Args:
+            grid: Rows and columns of patches.
+
+        Returns:
+            (images, patches) in [0, 1], nan for an image without a mask; None if no image has one.
+        """
         (rows, columns), (height, width) = grid, self.size
         shares = []
         for batch in self.batches():
             for mask in batch.masks:
                 if mask is None:
-                    return None
+                    shares.append(np.full(rows * columns, np.nan))
+                    continue
                 cut = (mask == 0).reshape(rows, height // rows, columns, width // columns)
                 shares.append(cut.mean((1, 3)).ravel())
-        return np.stack(shares)
+        found = np.stack(shares)
+        return None if np.isnan(found).all() else found
+
+    def whole(self) -> Iterator[tuple[Item, Image.Image]]:
+        """Yield items with their images as they are, upright RGB of 8 bits; those that cannot be decoded are left out."""
+        for item in self.source.items(self.count, self.seed) if self.source else ():
+            try:
+                yield item, self.decode(item)
+            except OSError:
+                continue
+
+    def decode(self, item: Item) -> Image.Image:
+        """Decode an image in the range of its source: → upright RGB of 8 bits. Raises OSError for damaged data."""
+        found = decoding.read(item.data)
+        most = Image.MAX_IMAGE_PIXELS or np.inf
+        if found.image.width * found.image.height > most:
+            size = f"{found.image.width} x {found.image.height}"
+            warnings.warn(f"{item.name} of {self.name} is very large ({size} pixels): make it smaller", stacklevel=2)
+        if found.kind == "byte":
+            return found.rgb()
+        if found.kind not in self._white:
+            scanned = self.source.items(SCANNED, 0) if self.source else iter(())  # the same for every seed
+            first = decoding.white((other.data for other in scanned), found.kind)
+            self._white[found.kind] = self.full_scale or first
+        white = self._white[found.kind]
+        self._peak = max(self._peak or 0.0, float(found.values().max()) / white)
+        return found.rgb(white)
+
+    def true_boxes(self, item: Item, size: tuple[int, int]) -> np.ndarray:
+        """Boxes of an item: item, (width, height) of the original → (objects, 4) x0, y0, x1, y1 in its pixels.
+
+        Raises Problem for boxes that cannot be of the format, ValueError for what is no list of boxes.
+        """
+        if item.boxes is None or not np.size(item.boxes):
+            return np.zeros((0, 4), np.float32)
+        boxes = np.asarray(item.boxes, np.float32).reshape(-1, 4)
+        other = next(f for f in BOX_FORMATS if f != self.box_format)
+        edge = np.tile(np.array(size, np.float32), 2)
+        wrong = ~np.isfinite(boxes).all(1)
+        if self.box_format == "xywh":
+            wrong |= (boxes[:, 2:] < 0).any(1)
+            boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+            wrong |= (boxes > 1.02 * edge + 2).any(1)
+        wrong |= (boxes[:, 2:] < boxes[:, :2]).any(1)
+        if wrong.any():
+            shown = ", ".join(f"{v:g}" for v in np.asarray(item.boxes, np.float32).reshape(-1, 4)[wrong][0])
+            raise Problem(
+                f"boxes of {self.name} are not {self.box_format}: {item.name} of {size[0]} x {size[1]} pixels has ({shown}); "
+                f"try box_format={other!r}"
+            )
+        if len(boxes) and boxes.max() <= 1 and min(size) > 2:
+            raise Problem(f"boxes of {self.name} are shares of the image ({item.name}): give them in pixels")
+        return boxes
 
     def _scenes(self, batch: int) -> Iterator[Batch]:
         total = self.count or 1000
@@ -225,62 +218,43 @@ class Images:
             names = [f"scene {i}" for i in range(first, first + n)]
             yield Batch(truth.pixels, names, truth.label.tolist(), boxes, list(truth.semantic.numpy()), truth)
 
-    def _decode(self, item: Item) -> tuple[str, Tensor, Any, np.ndarray, np.ndarray | None] | None:
+    def _prepare(self, item: Item) -> tuple[str, Tensor, Any, np.ndarray, np.ndarray | None] | None:
         try:
-            picture = decode(item.data)
-            mask = None if not item.mask else _open(item.mask.get("bytes") or Path(item.mask["path"]))
-            boxes = np.asarray(item.boxes if item.boxes is not None else [], np.float32).reshape(-1, 4)
-            if mask is not None and (mask.size != picture.size or len(mask.getbands()) > 1):
-                raise ValueError("the mask is not one class per pixel of the picture")
-        except (OSError, ValueError, TypeError):
-            self.skipped.append(item.name)
+            image = self.decode(item)
+        except OSError as error:
+            self.skipped.append(f"{item.name} ({error})" if "million" in str(error) else item.name)
             return None
-        pixels, scale, corner = fit(picture, self.size, self.crop, Image.Resampling.BICUBIC)
+        pixels, scale, corner = self.preparation.apply(image, self.size)
         array = torch.from_numpy(np.asarray(pixels, np.float32) / 255).permute(2, 0, 1)
-        labels = None if mask is None else np.asarray(fit(mask, self.size, self.crop, Image.Resampling.NEAREST)[0])
+        labels, boxes = self._mask(item, image.size), np.zeros((0, 4), np.float32)
+        try:
+            boxes = self.true_boxes(item, image.size)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, Problem):
+                raise
+            self._leave(item)
         moved = boxes[:, [1, 0, 3, 2]] * np.tile(scale, 2) - np.tile(corner, 2)
         moved = np.clip(moved, 0, np.tile(self.size, 2)).astype(np.float32)
         moved = moved[(moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])]
         return item.name, array, item.label, moved, labels
 
+    def _mask(self, item: Item, size: tuple[int, int]) -> np.ndarray | None:
+        """The mask of an item at the size of the stream; None if it has none or one that does not fit."""
+        if (data := encoded(item.mask)) is None:
+            return None
+        try:
+            mask = decoding.read(data).image
+        except OSError:
+            self._leave(item)
+            return None
+        if mask.size != size or len(mask.getbands()) > 1:  # one class per pixel
+            self._leave(item)
+            return None
+        return np.asarray(self.preparation.apply(mask, self.size, labels=True)[0])
 
-def _open(data: bytes | Path) -> Image.Image:
-    try:
-        picture = Image.open(io.BytesIO(data if isinstance(data, bytes) else data.read_bytes()))
-        picture.load()
-        return ImageOps.exif_transpose(picture)
-    except Exception as error:  # the decoders of damaged data raise many kinds
-        raise OSError("not a picture, or a damaged one") from error
-
-
-def decode(data: bytes | Path) -> Image.Image:
-    """Decode a picture to upright RGB: bytes or path → image. Raises OSError for damaged data.
-
-    Greys of 16 bits are scaled to 8; transparency is dropped.
-    """
-    picture = _open(data)
-    if picture.mode.startswith("I"):  # 16 bits of grey, in 16 or 32
-        grey = np.asarray(picture, np.float64) / 257
-        picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-    elif picture.mode == "F":  # floats of unknown range: 0 to 1, 255 or 65535
-        grey = np.nan_to_num(np.asarray(picture, np.float64))
-        top = next((t for t in (1.0, 255.0) if grey.max() <= t), 65535.0)
-        picture = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
-    return picture.convert("RGBA").convert("RGB") if picture.mode == "P" else picture.convert("RGB")
-
-
-def fit(
-    picture: Image.Image, size: tuple[int, int], crop: float, how: Image.Resampling
-) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """Resize and crop the centre as timm's evaluation does: picture, (height, width), share kept, resampling → picture,
-    scale (y, x) and corner (y, x) of the crop in resized pixels."""
-    height, width = size
-    factor = max(int(height / crop) / picture.height, int(width / crop) / picture.width)
-    tall, wide = max(height, int(picture.height * factor + 1e-6)), max(width, int(picture.width * factor + 1e-6))
-    resized = picture.resize((wide, tall), how)
-    top, left = round((tall - height) / 2), round((wide - width) / 2)
-    scale = np.array([tall / picture.height, wide / picture.width], np.float32)
-    return resized.crop((left, top, left + width, top + height)), scale, np.array([top, left], np.float32)
+    def _leave(self, item: Item) -> None:
+        if item.name not in self.unused:
+            self.unused.append(item.name)
 
 
 def load(
@@ -290,29 +264,52 @@ def load(
     count: int | None = None,
     seed: int = 0,
     split: str | None = None,
-    crop: float = 1.0,
+    preparation: Preparation | None = None,
+    image_column: str | None = None,
+    box_format: str = "xyxy",
+    full_scale: float | None = None,
 ) -> Images:
-    """Open a source of pictures: "scenes", a folder, a parquet file or folder of them, or a hub name → Images.
+    """Open a source of images: nothing is decoded yet.
 
-    `size` in pixels (side or (height, width)); `count` limits the pictures; `seed` draws which. Raises Problem for
-    sources that do not exist or hold no pictures, and for sizes, counts, splits and crops that make no sense.
+    Args:
+        source: "scenes", an image, a folder, a parquet file or folder of them, or a data set's name on the hub.
+        size: Side or (height, width) in pixels.
+        count: The most images that are drawn, None for all.
+        seed: Draws which.
+        split: Part of the source, None for the first of validation, valid, val, test and train.
+        preparation: How images are resized and cropped, None for the centre with bicubic interpolation.
+        image_column: Column that holds the images, None to find it by its type.
+        box_format: "xyxy" (corners) or "xywh" (corner, width and height), in pixels of the original.
+        full_scale: The value that is white in images of more than 8 bits, None to go by type and metadata.
+
+    Returns:
+        The images, to be read as often as wanted.
+
+    Raises:
+        Problem: for sources that do not exist or hold no images, and for values that make no sense.
     """
     shape = (size, size) if isinstance(size, int) else size
     if min(shape) < 1:
         raise Problem(f"size must be 1 pixel or more, not {shape[0]}x{shape[1]}")
     if count is not None and count < 1:
         raise Problem(f"count must be 1 or more, not {count}")
-    if not 0 < crop <= 1:
-        raise Problem(f"crop must be a share above 0 and up to 1, not {crop}")
-    found: Source | None = None
-    if source != "scenes":
-        path = Path(source).expanduser()
-        if path.is_dir() and not any(path.glob("*.parquet")):
-            found = Folder(path)
-        elif path.suffix == ".parquet" and not path.is_file():
-            raise Problem(f"no file {path}")
-        elif source.startswith(("/", "./", "../", "~")) and not path.exists():
-            raise Problem(f"no folder or file {path}")
-        else:
-            found = Hub(str(path), split)
-    return Images(source, shape, count, seed, crop, found)
+    if box_format not in BOX_FORMATS:
+        raise unknown("box format", box_format, BOX_FORMATS)
+    if full_scale is not None and not full_scale > 0:
+        raise Problem(f"full_scale must be above 0, not {full_scale}")
+    if source == "scenes":
+        if split is not None:
+            raise Problem(f"scenes have no splits, so no {split!r}: leave the split away")
+        return Images(source, shape, count, seed, preparation or Preparation(), None)
+    found = open_source(source, split, image_column)
+    odd = [name for name in found.passed if Path(name).suffix.lower() not in NOTES]
+    if odd:
+        what = "1 file" if len(odd) == 1 else f"{len(odd)} files"
+        warnings.warn(f"passed over {what} in {source} that cannot be used as images: {listed(odd)}", stacklevel=2)
+    if split is None and found.others:
+        warnings.warn(
+            f"{source} has splits: {found.split} is taken, not {', '.join(found.others)} (choose with split)",
+            stacklevel=2,
+        )
+    options: dict[str, Any] = {"box_format": box_format, "full_scale": full_scale}
+    return Images(source, shape, count, seed, preparation or Preparation(), found, **options)

@@ -23,9 +23,10 @@ def attention(maps: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray
         rows.append((name, "peak, in fair shares", *artifacts.interval(peak * count)))
         ground = grounds[name]
         if ground is not None:
-            on = artifacts.attention_on(a.isel(layer=-1, query=0).mean("head"), 1 - ground)
+            there = np.flatnonzero(np.isfinite(ground).all(1))  # images with a mask
+            on = artifacts.attention_on(a.isel(layer=-1, query=0, image=there).mean("head"), 1 - ground[there])
             rows.append((name, "attention on objects", *artifacts.interval(on)))
-            rows.append((name, "area of objects", *artifacts.interval((1 - ground).mean(1))))
+            rows.append((name, "area of objects", *artifacts.interval((1 - ground[there]).mean(1))))
     return pd.DataFrame(rows, columns=["model", "quantity", "mean", "low", "high"])
 
 
@@ -116,9 +117,8 @@ def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | N
         ground = grounds[name]
         if best.share > 0 and ground is not None:
             marked, _ = artifacts.mark(at, artifacts.cutoff(at), float(best.share))
-            part = artifacts.share_by_group(marked, np.where(ground == 1, 0, 1), ("background", "rest")).set_index(
-                "group"
-            )
+            where = np.select([np.isnan(ground), ground == 1], [-1, 0], 1)
+            part = artifacts.share_by_group(marked, where, ("background", "rest")).set_index("group")
             for group, column in (("background", "wall, %"), ("rest", "rest, %")):
                 share, low, high = 100 * part.loc[group, ["share", "low", "high"]].astype(float)
                 row[column] = f"{share:.1f} [{low:.1f}, {high:.1f}]"
@@ -181,7 +181,7 @@ def shares(marks: Mapping[str, Mark], grounds: Mapping[str, np.ndarray | None]) 
     for name, (marked, what) in marks.items():
         ground = grounds[name]
         if ground is not None:
-            group = np.select([ground == 1, ground == 0], [0, 1], 2)
+            group = np.select([np.isnan(ground), ground == 1, ground == 0], [-1, 0, 1], 2)
             parts.append(artifacts.share_by_group(marked, group, GROUPS).assign(model=f"{name}: {what}"))
     return pd.concat(parts).set_index("model").reset_index() if parts else pd.DataFrame()
 

@@ -176,8 +176,9 @@ def traces(
         told = {"on one patch, %": artifacts.interval(100 * part.max(1))}
         ground = grounds[name]
         if ground is not None:
-            told["on objects, %"] = artifacts.interval(100 * (part * (1 - ground)).sum(1))
-            told["peak on wall, %"] = artifacts.interval(100 * (ground[np.arange(len(part)), part.argmax(1)] == 1))
+            there = np.flatnonzero(np.isfinite(ground).all(1))  # images with a mask
+            told["on objects, %"] = artifacts.interval(100 * (part * (1 - ground))[there].sum(1))
+            told["peak on wall, %"] = artifacts.interval(100 * (ground[there, part[there].argmax(1)] == 1))
         deep = ratios[name].isel(layer=slice(1, None))
         layer = deep.median("image").idxmax()
         told["largest / median norm"] = artifacts.interval(deep.sel(layer=layer), of=np.median)

@@ -4,12 +4,13 @@ Every batch is a function of seed and step alone. With several processes each ta
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vitregs import images, scenes
+from vitregs import images, scenes, sources
 from vitregs.pretrain.recipe import Recipe
 from vitregs.problems import Problem
 from vitregs.scenes import CLASSES, COLOUR_NAMES, Scenes
@@ -115,7 +116,7 @@ class PictureFeed:
         """
         self.recipe, self.device = recipe, device
         found = images.load(source, size=recipe.image_size, count=count, split=_split(source))
-        self.fingerprint = found.source.fingerprint if found.source else "scenes"
+        self.fingerprint = found.fingerprint
         pixels, named = _read(found)
         order = torch.randperm(
             len(pixels), generator=torch.Generator().manual_seed(0)
@@ -164,12 +165,10 @@ class PictureFeed:
 
 
 def _split(source: str) -> str | None:
-    """Training pictures come from the split `train`, where the source has splits."""
-    from pathlib import Path
-
+    """Training images come from the split `train`, where the source has splits."""
     path = Path(source).expanduser()
-    splits = not path.exists() or any(path.glob("train*.parquet"))
-    return "train" if splits else None
+    there = sources.splits(path) if path.exists() else ["train"]
+    return next((name for name in ("train", "training") if name in there), None)
 
 
 def _read(found: images.Images) -> tuple[Tensor, list[object]]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from vitregs import backbones, results
 from vitregs.backbones import Backbone
+from vitregs.preparation import Preparation
 from vitregs.pretrain import cards, feeds, history, meter, objectives, schedules, scores, vits
 from vitregs.pretrain.recipe import Recipe
 from vitregs.problems import Problem
@@ -199,7 +200,7 @@ class _Watch:
 def snapshot(recipe: Recipe, net: nn.Module) -> Backbone:
     """Freeze a copy of a network in training: → Backbone to measure."""
     size = (recipe.image_size, recipe.image_size)
-    return Backbone(recipe.name, deepcopy(net), vits.MEAN, vits.STD, size, 1.0, "training", "training")
+    return Backbone(recipe.name, deepcopy(net), vits.MEAN, vits.STD, size, Preparation(), "training", "training")
 
 
 def line(recipe: Recipe, records: list[dict[str, Any]], used: float = math.nan) -> str:

@@ -219,7 +219,13 @@ def classify_sets(
     for name in names:
         place = str(Path(folder).expanduser() / name) if folder else ""
         pair = tasks.open_set(
-            name, size=backbone.size, crop=backbone.crop, taught=taught, asked=asked, seed=seed, folder=place
+            name,
+            size=backbone.size,
+            preparation=backbone.preparation,
+            taught=taught,
+            asked=asked,
+            seed=seed,
+            folder=place,
         )
         found.append(classify(backbone, *pair, asked=[name], **options))
     return xr.concat(found, "task", combine_attrs="drop_conflicts")

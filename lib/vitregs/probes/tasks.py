@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from vitregs import images, scenes
+from vitregs import images, scenes, sources
 from vitregs.images import Images
+from vitregs.preparation import Preparation
 from vitregs.problems import Problem, unknown
 from vitregs.scenes import Scenes
 
@@ -134,14 +135,15 @@ def open_set(
     name: str,
     *,
     size: tuple[int, int],
-    crop: float = 1.0,
+    preparation: Preparation | None = None,
     taught: int | None = None,
     asked: int | None = None,
     seed: int = 0,
     folder: str = "",
 ) -> tuple[Images, Images]:
-    """Open a real data set: name in SETS, picture size (height, width), share kept by the crop, numbers of pictures to teach with
-    and to ask about, a folder with its parquet files instead of the hub → pictures that teach, pictures that are asked about.
+    """Open a real data set: name in SETS, picture size (height, width), how images are prepared, numbers of pictures
+    to teach with and to ask about, a folder with its parquet files instead of the hub → pictures that teach, pictures that are
+    asked about.
 
     Raises Problem for unknown names, sets that have no home on the hub, and folders without the splits.
     """
@@ -153,11 +155,11 @@ def open_set(
     if folder and not Path(folder).expanduser().is_dir():
         raise Problem(f"no folder {folder} with {name}")
     there = folder or known.hub
-    options = {"size": size, "crop": crop, "seed": seed}
+    options = {"size": size, "preparation": preparation, "seed": seed}
     splits = (known.train, known.test)
     if folder:  # local copies may name their held-out part otherwise
-        files = {p.name.split("-")[0].removesuffix(".parquet") for p in Path(folder).expanduser().glob("*.parquet")}
-        splits = (known.train, next((s for s in (known.test, *images.SPLITS[:-1]) if s in files), known.test))
+        there_are = sources.splits(Path(folder).expanduser())
+        splits = (known.train, next((s for s in (known.test, *sources.SPLITS[:-1]) if s in there_are), known.test))
     return (
         images.load(there, split=splits[0], count=taught, **options),  # type: ignore[arg-type]
         images.load(there, split=splits[1], count=asked, **options),  # type: ignore[arg-type]
