@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import tempfile
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -182,7 +181,7 @@ def execute(chapter: str, values: Mapping[str, Any], out: Path, stored: Path) ->
     if full.get("weights"):
         full["weights"] = [str(Path(f).expanduser().resolve()) if f else "" for f in full["weights"]]
     given = {k: v for k, v in full.items() if v != known[k].default}
-    _check_writable(stored)
+    results.check_writable(stored)
 
     def write(spare: Path) -> None:
         named = spare.with_suffix(".ipynb")  # papermill chooses its format by the suffix
@@ -221,16 +220,6 @@ def _environment(**names: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise Problem unless files can be written in a folder, which is made: a long run must not fail at its end."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise Problem(f"cannot write results in {folder}: {error.strerror}") from error
 
 
 def tidy(text: str) -> str:
