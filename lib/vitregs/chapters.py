@@ -239,8 +239,16 @@ Measured = xr.DataArray | xr.Dataset
 
 
 def _kept(how: Callable[[Backbone, Images], Measured], backbone: Backbone, source: Images) -> xr.Dataset:
+    """What was measured, with the truth of its patches (share of background) beside it where there are masks."""
     found = how(backbone, source)
-    return found if isinstance(found, xr.Dataset) else found.to_dataset(name="value")
+    if isinstance(found, xr.Dataset):
+        return found
+    data = found.to_dataset(name="value")
+    if {"image", "token"} <= set(found.dims):
+        ground = source.background(backbone.grid(source.size))
+        if ground is not None and len(ground) == found.sizes["image"]:  # some chapters keep the first images alone
+            data["background"] = (("image", "patch"), ground.astype(np.float32))
+    return data
 
 
 def _text(how: Callable[..., Any]) -> str:
@@ -292,7 +300,7 @@ class Run:
             key = {"what": name, "how": _text(how), "weights": backbone.weights, **given, **source.key}
             path = self.folder / f"{name}.{model}.nc"
             data = results.stored(path, partial(_kept, how, backbone, source), key=key)
-            found[model] = data["value"] if list(data.data_vars) == ["value"] else data
+            found[model] = data["value"] if set(data.data_vars) <= {"value", "background"} else data
         return found
 
     def preview(self, backbone: Backbone, count: int) -> np.ndarray:
