@@ -108,7 +108,10 @@ def test_training_on_real_pictures(shared_data: Path, tmp_path: Path, monkeypatc
     source = str(tmp_path / "my images")
     out = loop.train(chosen, out=tmp_path / "run", device="cpu", images=source, count=200, report=lambda _l: None)
     card = json.loads((out / "recipe.json").read_text())
-    assert card["images"] == {"trained": 136, "fingerprint": images.load(source, size=32, split="train").source.fingerprint}
+    assert card["images"] == {
+        "trained": 136,
+        "fingerprint": images.load(source, size=32, split="train").source.fingerprint,
+    }
     assert card["recipe"]["data"] == source  # what was seen, not what the recipe would have fetched
     assert f"| data | {source} |" in (out / "README.md").read_text()
     assert card["linear"].keys() == {"label"}

@@ -32,7 +32,9 @@ def test_neighbours_in_a_list_are_no_pair() -> None:
 def test_published_networks_pair_by_architecture_and_weights() -> None:
     small = ("vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m")
     assert register_pairs(reversed(small)) == [small]
-    assert register_pairs([small[0].split(".")[0], small[1]]) == [(small[0].split(".")[0], small[1])]  # timm's default tag
+    assert register_pairs([small[0].split(".")[0], small[1]]) == [
+        (small[0].split(".")[0], small[1])
+    ]  # timm's default tag
     assert register_pairs(["vit_base_patch14_dinov2.lvd142m", small[1]]) == []
     gap = "vit_betwixt_patch16_reg4_gap_256"
     assert register_pairs([f"{gap}.sbb_in1k", f"{gap}.sbb_in12k", "vit_base_patch16_224.augreg_in1k"]) == []

@@ -266,10 +266,10 @@ class Hunted:
     )  # emerged, and on background first; None where outliers have emerged and nothing tells on what
 
 
-def hunt(norms: xr.DataArray, ground: np.ndarray | None) -> Hunted:
+def hunt(norms: xr.DataArray, ground: np.ndarray | None, layers: pd.DataFrame | None = None) -> Hunted:
     """Judge a network by the rule of the hunt: norms [image, layer, token], share of background in every patch (images, patches)
-    or None → Hunted (Fig 3, 5a, 7)."""
-    best = strongest(by_layer(norms))
+    or None, `by_layer`'s table if it is at hand → Hunted (Fig 3, 5a, 7)."""
+    best = strongest(by_layer(norms) if layers is None else layers)
     layer, there = int(best.layer), emerged(best)
     parts: list[tuple[float, float, float] | None] = [None, None]
     artifact = None if there else False

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,20 @@ def measure(function: Evidence) -> Evidence:
 
 def read(folder: Path, chapter: str, name: str, model: str) -> xr.Dataset:
     """One stored result: folder, chapter, name, model → Dataset. Raises Problem if it is missing."""
-    return results.load(folder / chapter / f"{name}.{model}.nc")
+    return _load(folder / chapter / f"{name}.{model}.nc", *written(folder / chapter / f"{name}.{model}.nc"))
+
+
+def written(path: Path) -> tuple[int, int]:
+    """Which version of a file is there: path → inode and time, zeros without a file."""
+    if not path.exists():
+        return 0, 0
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+@lru_cache(maxsize=64)  # many claims ask the same arrays
+def _load(path: Path, _inode: int, _time: int) -> xr.Dataset:
+    return results.load(path)
 
 
 def stored(folder: Path, chapter: str, name: str) -> list[str]:

@@ -1,13 +1,15 @@
 """Evidence on outliers themselves: norms, layers, training, attention, redundancy, positions (Fig 1 to 5, 7, 10, 11, 15)."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from vitregs import artifacts, backbones, published, resize
-from vitregs.evidence.measured import NEEDS, PAPERS, Measured, exact, mean, measure, pairs, read, stored
+from vitregs.evidence.measured import NEEDS, PAPERS, Measured, exact, mean, measure, pairs, read, stored, written
 
 CHAPTERS = ("03_when_outliers_appear", "07_registers")  # which keep norms at all layers
 
@@ -15,8 +17,21 @@ CHAPTERS = ("03_when_outliers_appear", "07_registers")  # which keep norms at al
 def kept(folder: Path, model: str) -> xr.Dataset:
     """Norms of a model at all layers with the truth of their images: → `value` [image, layer, token], `background` [image,
     patch] where there are masks."""
-    chapter = next((c for c in CHAPTERS if (folder / c / f"norms.{model}.nc").exists()), CHAPTERS[-1])
-    return read(folder, chapter, "norms", model)
+    return read(folder, _chapter(folder, model), "norms", model)
+
+
+def _chapter(folder: Path, model: str) -> str:
+    return next((c for c in CHAPTERS if (folder / c / f"norms.{model}.nc").exists()), CHAPTERS[-1])
+
+
+def layers(folder: Path, model: str) -> pd.DataFrame:
+    """Evidence at every layer of a model: → the table of `artifacts.by_layer`, which takes a second to make."""
+    return _layers(folder, model, *written(folder / _chapter(folder, model) / f"norms.{model}.nc"))
+
+
+@lru_cache(maxsize=64)
+def _layers(folder: Path, model: str, _inode: int, _time: int) -> pd.DataFrame:
+    return artifacts.by_layer(norms(folder, model))
 
 
 def norms(folder: Path, model: str) -> xr.DataArray:
@@ -34,7 +49,7 @@ def modes(folder: Path, models: Iterable[str]) -> dict[str, float]:
     """Share of patches in an outlier mode at the strongest layer of each model, 0 without one."""
     found = {}
     for model in models:
-        best = artifacts.strongest(artifacts.by_layer(norms(folder, model)))
+        best = artifacts.strongest(layers(folder, model))
         found[model] = float(best.share) if np.isfinite(best.cutoff) else 0.0
     return found
 
@@ -50,7 +65,7 @@ def any_mode(folder: Path) -> Measured:
 @measure
 def largest_mode(folder: Path) -> Measured:
     """Centre of the outlier mode over the median norm, at its strongest."""
-    rows = {m: artifacts.strongest(artifacts.by_layer(norms(folder, m))) for m in bare(folder)}
+    rows = {m: artifacts.strongest(layers(folder, m)) for m in bare(folder)}
     best = max((m for m in rows if np.isfinite(rows[m].cutoff)), key=lambda m: rows[m].ratio, default="")
     if not best:
         return exact(0.0, 0, "no model has a mode")
@@ -68,7 +83,7 @@ def dino_mode(folder: Path) -> Measured:
 def first_layer(folder: Path) -> Measured:
     """First layer with an outlier mode, as a share of the depth."""
     found = norms(folder, "hunt-pico")
-    table = artifacts.by_layer(found)
+    table = layers(folder, "hunt-pico")
     there = table[(table["layer"] > 0) & table["cutoff"].notna()]
     depth = int(table["layer"].max())
     return exact(float(there["layer"].min()) / depth if len(there) else 1.0, found.sizes["image"], "hunt-pico")
@@ -89,8 +104,8 @@ def onset(folder: Path) -> Measured:
 def widest_only(folder: Path) -> Measured:
     """Top-1-% over median norm of the widest network, minus that of the narrowest, at their strongest layers."""
     ends = [
-        artifacts.top_ratio(a).sel(layer=int(artifacts.strongest(artifacts.by_layer(a)).layer)).values
-        for a in (norms(folder, m) for m in ("hunt-pico", "hunt-femto"))
+        artifacts.top_ratio(norms(folder, m)).sel(layer=int(artifacts.strongest(layers(folder, m)).layer)).values
+        for m in ("hunt-pico", "hunt-femto")
     ]
     return mean(ends[0] - ends[1], "hunt-pico − hunt-femto")
 
@@ -223,7 +238,7 @@ def placed(folder: Path) -> dict[str, bool | None]:
     hunt: → {model: whether, None where outliers are there and no masks tell on what}."""
     found = {m: kept(folder, m) for m in bare(folder)}
     truth = {m: d["background"].values if "background" in d else None for m, d in found.items()}
-    return {m: artifacts.hunt(d["value"], truth[m]).artifact for m, d in found.items()}
+    return {m: artifacts.hunt(d["value"], truth[m], layers(folder, m)).artifact for m, d in found.items()}
 
 
 def has_artifacts(folder: Path) -> bool:
