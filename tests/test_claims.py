@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from vitregs import chapters, claims, cli, results
+from vitregs import chapters, claims, cli, images, results
 from vitregs.claims import MEASURES, NEEDS, VERDICTS, Claim
-from vitregs.evidence import knowledge, norms
-from vitregs.evidence.measured import PAIRS, Measured
+from vitregs.evidence import knowledge, measured, norms
+from vitregs.evidence.measured import Measured
 from vitregs.problems import Problem
 
 
@@ -115,7 +115,9 @@ def test_missing_results_are_said(tmp_path: Path) -> None:
         claims.scoreboard(tmp_path)
 
 
-def test_the_scoreboard_is_shown(board: pd.DataFrame, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_scoreboard_is_shown(
+    board: pd.DataFrame, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(board) == len(claims.ledger())
     assert set(board["verdict"]) <= set(VERDICTS)
     page = claims.page(board)
@@ -124,6 +126,8 @@ def test_the_scoreboard_is_shown(board: pd.DataFrame, capsys: pytest.CaptureFixt
     assert all((chapters.NOTEBOOKS / f"{name}.ipynb").exists() for name in re.findall(r"notebooks/(\w+)\.ipynb", page))
     text = claims.listing(board)
     assert text.endswith(f"{len(board)} claims: {claims.counts(board)}")
+    work = claims.scoreboard
+    monkeypatch.setattr(claims, "scoreboard", lambda folder: board if folder == claims.RESULTS else work(folder))
     assert cli.main(["scoreboard", "--markdown"]) == 0
     assert capsys.readouterr().out.strip() == page.strip()
     assert cli.main(["scoreboard", "--results", "nowhere/at/all"]) == 2
@@ -143,6 +147,7 @@ def test_differences_carry_both_intervals(tmp_path: Path) -> None:
     data = xr.Dataset(
         {k: (("quantity", "group"), [v]) for k, v in cells.items()} | {"tokens": ("group", [9, 5, 7])},
         coords={"quantity": ["top1"], "group": ["normal", "outlier", "normal on objects"]},
+        attrs={"positions": 36},
     )
     keep(tmp_path, "05_local_information", "local", "hunt-pico", data)
     found = knowledge.position(tmp_path)
@@ -151,7 +156,7 @@ def test_differences_carry_both_intervals(tmp_path: Path) -> None:
     assert found.high == pytest.approx(-30 + 100 * np.hypot(0.04, 0.04))
     assert found.n == 5
     assert knowledge.position_controlled(tmp_path).value == pytest.approx(-10)
-    assert knowledge.position_above_chance(tmp_path).value == pytest.approx(20 - 100 / 64)
+    assert knowledge.position_above_chance(tmp_path).value == pytest.approx(20 - 100 / 36)
 
 
 def test_gaps_between_tokens_are_over_questions(tmp_path: Path) -> None:
@@ -167,25 +172,53 @@ def test_gaps_between_tokens_are_over_questions(tmp_path: Path) -> None:
     assert knowledge.outlier_knows(tmp_path).low == pytest.approx(0)
 
 
+PLAIN = ("supervised-pico", "clip-pico", "mae-pico", "dino-pico", "dinov2-pico")
+
+
 def test_planted_outliers_are_a_mode_and_an_artifact_only_on_the_wall(tmp_path: Path) -> None:
     """The same outliers, once on plain background and once on objects: only the first is the paper's artifact."""
     rng = np.random.default_rng(0)
     coords = results.token_coords(["patch"] * 64, (8, 8))
     plain = xr.DataArray(
-        rng.lognormal(3, 0.1, (64, 9, 64)), dims=("image", "layer", "token"), coords={**coords, "layer": range(9)}
+        rng.lognormal(3, 0.1, (48, 9, 64)), dims=("image", "layer", "token"), coords={**coords, "layer": range(9)}
     )
-    ground = norms.grounds_of(plain)
+    truth = xr.DataArray(rng.choice([0, 0.5, 1], (48, 64), p=[0.4, 0.2, 0.4]), dims=("image", "patch"))
     for wall in (True, False):
         planted = plain.copy(deep=True)
-        place = (ground == 1 if wall else ground == 0) & (rng.random(ground.shape) < 0.15)
+        place = (truth.values == (1 if wall else 0)) & (rng.random(truth.shape) < 0.15)
         planted.values[:, 5:][np.broadcast_to(place[:, None], planted.values[:, 5:].shape)] *= 10
-        for model in (*PAIRS, "hunt-pico", "hunt-long"):
+        for model in (*PLAIN, "hunt-pico", "hunt-long"):
             chapter = "03_when_outliers_appear" if model.startswith("hunt") else "07_registers"
-            keep(tmp_path, chapter, "norms", model, planted if model in ("clip-pico", "hunt-pico") else plain)
+            chosen = planted if model in ("clip-pico", "hunt-pico") else plain
+            keep(tmp_path, chapter, "norms", model, xr.Dataset({"value": chosen, "background": truth}))
         assert norms.has_mode(tmp_path)
         assert norms.any_mode(tmp_path).value == pytest.approx(100 * place.mean(), rel=0.05)
+        assert norms.any_mode(tmp_path).n == 48
         assert norms.largest_mode(tmp_path).value == pytest.approx(10, rel=0.1)
         assert norms.has_artifacts(tmp_path) == wall
+        assert norms.placed(tmp_path)["clip-pico"] == wall
+        assert not norms.placed(tmp_path)["dino-pico"]
         assert norms.artifact_exists(tmp_path).value == float(wall)
         assert norms.first_layer(tmp_path).value == pytest.approx(5 / 8)
         assert norms.dino_mode(tmp_path).value == 0
+    keep(tmp_path, "07_registers", "norms", "clip-pico", planted)  # images without masks tell nothing on where
+    assert norms.placed(tmp_path)["clip-pico"] is None
+
+
+def test_stored_norms_have_the_truth_of_their_scenes() -> None:
+    """Evidence asks the stored arrays alone: the scenes of a chapter, drawn again, have the background that is kept."""
+    for model in ("hunt-pico", "mae-pico"):
+        data = norms.kept(claims.RESULTS, model)
+        found = images.load("scenes", size=64, count=data.sizes["image"]).background((8, 8))
+        np.testing.assert_array_equal(data["background"].values, found.astype(np.float32))
+
+
+def test_pairs_and_sweeps_come_from_what_is_stored() -> None:
+    five = measured.pairs(claims.RESULTS, "08_no_regression", "transfer")
+    assert sorted(five) == sorted((name, f"{name}-reg4") for name in PLAIN)
+    where = (claims.RESULTS, "09_how_many_registers", "transfer")
+    assert measured.sweep(*where) == {0: "clip-pico"} | {n: f"clip-pico-reg{n}" for n in (1, 2, 4, 8, 16)}
+    with pytest.raises(Problem, match=r"no pair without and with registers of \['mae'\]"):
+        measured.pairs(claims.RESULTS, "10_object_discovery", "lost", ["mae"])
+    with pytest.raises(Problem, match="there are none"):
+        measured.stored(claims.RESULTS, "08_no_regression", "nothing")

@@ -366,7 +366,7 @@ def test_whole_pictures_are_padded_and_boxes_clipped(tmp_path: Path):
 def studied(known: bool = True, n: int = 12) -> dict[str, xr.Dataset]:
     """Studies of a pair whose hits are planted: the second finds 25 % more at bias 0 and all with the best bias."""
     found = {}
-    for k, name in enumerate(("plain-pico", "plain-pico-reg4")):
+    for k, name in enumerate(("dino-pico", "dino-pico-reg4")):
         hit = np.zeros((3, 3, n))
         hit[:, 0, : n // 4 * (k + 1)] = 1
         hit[:, 2] = [[np.nan] * (n // 2) + [k] * (n // 2)] * 3
@@ -434,33 +434,25 @@ def test_tables_of_a_known_study():
     chance = discovery.baselines([np.array([[0, 0, 40, 32.0]])] * 12, (40, 32))
     table = tables_discovery.scores(studied(), chance).set_index("model")
     assert table.loc["whole picture (no model)", "bias 0"] == "100.0 [100.0, 100.0]"
-    assert table.loc["plain-pico", "bias 0"].startswith("25.0 [")
-    assert table.loc["plain-pico-reg4", "best bias"] == "100.0 [100.0, 100.0]"
-    assert table.loc["plain-pico-reg4", ["feature", "at", "n"]].tolist() == ["key", "-0.50", "12, best 6"]
-    gaps = tables_discovery.differences(studied()).set_index("pair").loc["plain-pico-reg4 − plain-pico"]
+    assert table.loc["dino-pico", "bias 0"].startswith("25.0 [")
+    assert table.loc["dino-pico-reg4", "best bias"] == "100.0 [100.0, 100.0]"
+    assert table.loc["dino-pico-reg4", ["feature", "at", "n"]].tolist() == ["key", "-0.50", "12, best 6"]
+    gaps = tables_discovery.differences(studied()).set_index("pair").loc["dino-pico-reg4 − dino-pico"]
     assert gaps["bias 0"].startswith("+25.0 [+")
     assert gaps["best bias"] == "+100.0 [+100.0, +100.0]"
     curves = tables_discovery.curves(studied())
     assert curves["score"].tolist() == [0, 0, 0, 100]
-    assert set(curves["pair"]) == {"plain-pico"}
+    assert set(curves["pair"]) == {"dino-pico"}
 
 
 def test_tables_and_figures_without_boxes_say_so():
     chance = discovery.baselines([np.empty((0, 4))] * 12, (40, 32))
     table = tables_discovery.scores(studied(known=False), chance).set_index("model")
-    assert table.loc["plain-pico", ["bias 0", "centred", "best bias", "at"]].tolist() == ["no boxes"] * 3 + ["–"]
+    assert table.loc["dino-pico", ["bias 0", "centred", "best bias", "at"]].tolist() == ["no boxes"] * 3 + ["–"]
     assert tables_discovery.differences(studied(known=False))["bias 0"].iloc[-1] == "no boxes"
     curves = tables_discovery.curves(studied(known=False))
     assert curves.empty
     assert "without boxes" in draw_discovery.bias_curves(curves, np.nan).axes[0].texts[0].get_text()
-
-
-def test_pairs_by_name():
-    names = ["clip-pico", "vit_large_patch14_reg4_dinov2", "clip-pico-reg4", "vit_large_patch14_dinov2", "mae-reg4"]
-    assert tables_discovery.pairs(names) == [
-        ("vit_large_patch14_dinov2", "vit_large_patch14_reg4_dinov2"),
-        ("clip-pico", "clip-pico-reg4"),
-    ]
 
 
 def test_figures_show_boxes_where_they_are():

@@ -80,6 +80,10 @@ def test_wrong_sources(folder: Path, tmp_path: Path) -> None:
     for i in range(100):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(flat / f"{i}.png")
     assert "supervised training needs labels" in problem(make, CHOSEN, CPU, str(flat))
+    (tmp_path / "one").mkdir()
+    flat.rename(tmp_path / "one" / "flat")  # a single subfolder gives all images the same label
+    assert "all pictures of" in problem(make, CHOSEN, CPU, str(tmp_path / "one"))
+    flat = tmp_path / "one" / "flat"
     clip = recipe("clip-pico").override(image_size=16, batch=8, data="somebody/pictures")
     assert "clip needs captions" in problem(make, clip, CPU, str(flat))
     assert make(clip, CPU, str(folder)).held(1).captions
@@ -100,15 +104,20 @@ def test_training_on_real_pictures(shared_data: Path, tmp_path: Path, monkeypatc
     for what, value in {"WATCHED": 16, "SCORED": 16, "QUERIES": 16, "BANK": 16}.items():
         monkeypatch.setattr(loop, what, value)
     chosen = recipe("tinyimagenet-pico").override(size="femto", image_size=32, batch=8, steps=6, warmup=2, name="real")
-    source = str(shared_data / "tiny-imagenet")
+    (tmp_path / "my images").symlink_to(shared_data / "tiny-imagenet")
+    source = str(tmp_path / "my images")
     out = loop.train(chosen, out=tmp_path / "run", device="cpu", images=source, count=200, report=lambda _l: None)
     card = json.loads((out / "recipe.json").read_text())
-    assert (card["pictures"], card["recipe"]["data"]) == (136, "zh-plus/tiny-imagenet")
+    assert card["images"] == {
+        "trained": 136,
+        "fingerprint": images.load(source, size=32, split="train").source.fingerprint,
+    }
+    assert card["recipe"]["data"] == source  # what was seen, not what the recipe would have fetched
+    assert f"| data | {source} |" in (out / "README.md").read_text()
     assert card["linear"].keys() == {"label"}
-    assert "shared" not in (out / "recipe.json").read_text() + (out / "README.md").read_text()  # a name, no path
     assert results.load(out / "history.nc")["accuracy"].notnull().all()
     other = {"images": str(shared_data / "cifar10"), "count": 200, "device": "cpu"}
-    assert "belongs to another recipe" in problem(loop.train, chosen, out=tmp_path / "run", **other)
+    assert "belongs to another recipe (other images)" in problem(loop.train, chosen, out=tmp_path / "run", **other)
 
 
 def test_class_names_come_from_the_data_set(shared_data: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,12 +19,13 @@ import torch.nn.functional as F
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
-from vitregs import backbones, results, scenes
+from vitregs import backbones, images, results, scenes
 from vitregs.pretrain import cards, feeds, history, loop, objectives, schedules, scores, vits
 from vitregs.pretrain.recipe import OBJECTIVES, Mae, Recipe, parse
-from vitregs.pretrain.recipes import RECIPES, WANTED, recipe
+from vitregs.pretrain.recipes import RECIPES, WANTED, command, recipe
 from vitregs.problems import Problem
 
 TINY = recipe("supervised-pico").override(
@@ -248,11 +250,11 @@ def test_first_step_is_adamw_by_hand(tmp_path: Path) -> None:
 
 
 def test_loss_falls(tmp_path: Path) -> None:
-    out = train(TINY.override(steps=48, batch=8, warmup=8), tmp_path / "run", every=8)
+    out = train(TINY.override(size="femto", steps=32, batch=8, warmup=4, lr=4e-3), tmp_path / "run", every=8)
     loss = log(out)["loss"].values
     assert np.isnan(loss[0])  # nothing was learned from yet
     assert np.isfinite(loss[1:]).all()
-    assert loss[-1] < 0.4 * loss[1]
+    assert loss[-1] < 0.7 * loss[1]
 
 
 def test_when_it_looks() -> None:
@@ -276,8 +278,11 @@ def stop(call: Callable, at: int) -> Callable:
     return run
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("place", ["step 0", "step 1", "step 4", "step 11", "report 1", "report 3", "save 2"])
+@pytest.mark.parametrize(
+    ("precision", "place"),
+    [("fp32", p) for p in ("step 0", "step 1", "step 4", "step 11", "report 1", "report 3", "save 2")]
+    + [("bf16", p) for p in ("step 5", "save 2")],
+)
 def test_interrupted_training_ends_in_the_same_weights(
     whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, place: str
 ) -> None:
@@ -332,10 +337,11 @@ loop.train(chosen, out=Path(sys.argv[1]), device="cpu", compiled=False, every=4,
 """
 
 
-def test_a_training_killed_ten_times_ends_in_the_same_weights(whole: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.nightly)])
+def test_a_training_that_is_killed_ends_in_the_same_weights(whole: dict[str, Path], tmp_path: Path, kills: int) -> None:
     """Real kills of a real process, each within a step or a save of a random moment; then it may finish."""
     command = [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path / "run"), str(torch.get_num_threads())]
-    moments = [(random.randint(0, 2), random.uniform(0, 0.3)) for _ in range(10)]
+    moments = [(random.randint(0, 2), random.uniform(0, 0.1)) for _ in range(kills)]
     killed = 0
     for lines, late in moments:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
@@ -349,7 +355,7 @@ def test_a_training_killed_ten_times_ends_in_the_same_weights(whole: dict[str, P
         killed += child.returncode != 0
         if child.returncode == 0:  # it was done already: once more from the start
             shutil.rmtree(tmp_path / "run")
-    assert killed >= 5, moments
+    assert killed, moments
     same(train(TINY, tmp_path / "run"), whole["fp32"])
 
 
@@ -358,11 +364,62 @@ def test_a_run_that_is_stopped_in_time(whole: dict[str, Path], tmp_path: Path) -
     assert train(TINY, tmp_path / "run", told.append, minutes=1e-9) is None
     assert "stopped in time at step 1" in told[-1]
     assert not (tmp_path / "run" / "weights.safetensors").exists()
-    steps = []
-    while train(TINY, tmp_path / "run", steps.append, minutes=1e-9) is None:
-        pass
-    assert len(steps) >= 10  # a step each time
-    same(tmp_path / "run", whole["fp32"])
+    for step in (2, 3, 4):  # a step each time
+        assert train(TINY, tmp_path / "run", told.append, minutes=1e-9) is None
+        assert f"stopped in time at step {step}" in told[-1]
+    same(train(TINY, tmp_path / "run"), whole["fp32"])
+
+
+ASKED = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[2]))
+from vitregs import cli
+from vitregs.pretrain import history, loop, recipes, schedules, scores
+loop.WATCHED, loop.SCORED, loop.QUERIES, loop.BANK, scores.PROBED = 8, 16, 16, 16, 48
+recipes.RECIPES["tiny"] = recipes.recipe("supervised-pico").override(
+    name="tiny", steps=12, batch=2, image_size=32, patch_size=8, precision="fp32", warmup=3)
+history.due = lambda step, steps, every: step % 4 == 0
+real = schedules.apply
+def apply(optimizer, recipe, step):
+    if step == 6:
+        print("at step 6", flush=True)
+        sys.stdin.readline()  # the signal comes meanwhile
+    real(optimizer, recipe, step)
+schedules.apply = apply
+sys.exit(cli.main(["train", "tiny", "--out", sys.argv[1], "--device", "cpu", "--eager"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_what_was_learned(
+    whole: dict[str, Path], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """A real signal within step 6, between two looks: the step is finished and kept, and one line says how to go on."""
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", ASKED, str(out), str(torch.get_num_threads())],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        for words in child.stdout:
+            if words.startswith("at step 6"):
+                break
+        child.send_signal(number)
+        _, errors = child.communicate("\n")
+    assert child.returncode == code, errors
+    said = [words for words in errors.splitlines() if words.startswith("vitregs:")]
+    assert len(said) == 1
+    assert "tiny stopped at step 7 of 12" in said[0]
+    assert "the same command goes on" in said[0]
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 7
+    assert not (out / "weights.safetensors").exists()
+    same(train(TINY, out), whole["fp32"])
+
+
+def test_signals_are_given_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    train(TINY.override(steps=1), tmp_path / "run")
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 # --- faults
@@ -371,7 +428,9 @@ def test_a_run_that_is_stopped_in_time(whole: dict[str, Path], tmp_path: Path) -
 def test_a_checkpoint_of_another_recipe_is_left_alone(tmp_path: Path) -> None:
     train(TINY.override(steps=1), tmp_path / "run")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    assert "belongs to another recipe" in problem(train, TINY, tmp_path / "run")
+    assert "belongs to another recipe (steps 1, not 12)" in problem(train, TINY, tmp_path / "run")
+    other = TINY.override(steps=1, lr=0.5, name="other")
+    assert f"(lr {TINY.lr}, not 0.5; name tiny, not other)" in problem(train, other, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
@@ -450,6 +509,88 @@ def test_too_little_memory_on_the_device(tmp_path: Path, monkeypatch: pytest.Mon
     says = problem(train, TINY, tmp_path / "run")
     assert says == "the device has too little memory for tiny: lower batch (2), or size (pico)"
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+
+
+def test_a_folder_that_cannot_be_written_is_seen_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(loop.objectives, "learner", lambda *_: pytest.fail("work was begun"))
+    assert "cannot write results in" in problem(train, TINY, tmp_path / "file" / "run")
+
+
+# --- images of one's own
+
+
+def own_images(folder: Path, count: int = 100, side: int = 16) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_images_without_labels_still_give_weights(tmp_path: Path, nested: bool) -> None:
+    """Alone in a folder they have no label, in a single subfolder all the same one: neither can be scored, both are learned."""
+    root = tmp_path / "mine"
+    own_images(root / "all" if nested else root)
+    chosen = recipe("mae-pico").override(
+        name="mine", size="femto", image_size=16, batch=4, steps=2, warmup=1, precision="fp32", decoder_depth=1
+    )
+    out = train(chosen, tmp_path / "run", images=str(root))
+    assert (out / "weights.safetensors").exists()
+    card = json.loads((out / "recipe.json").read_text())
+    assert card["linear"] == card["linear_untrained"] == {}
+    assert card["knn"] is None
+    why = "all pictures have the same label" if nested else "0 of 64 held-out images have a label"
+    assert why in card["left_out"]["label"]
+    page = (out / "README.md").read_text()
+    assert f"There is no linear score of label: {why}" in page
+    assert "Nor is there a k-NN score" in page
+
+
+def test_a_score_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+
+    monkeypatch.setattr(scores, "linear", full)
+    out = train(TINY.override(steps=1), tmp_path / "run")
+    card = json.loads((out / "recipe.json").read_text())
+    assert card["left_out"] == dict.fromkeys(("colour", "shape"), "CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert (out / "weights.safetensors").exists()
+
+
+def test_the_card_names_the_images_and_the_command(tmp_path: Path) -> None:
+    mine, words = own_images(tmp_path / "my images"), ["size=femto", "image_size=16", "batch=4", "steps=1"]
+    chosen = parse(recipe("mae-pico-reg2"), words)
+    out = train(chosen, tmp_path / "run", images=str(mine))
+    card = json.loads((out / "recipe.json").read_text())
+    assert card["command"] == f"vitregs train mae-pico-reg2 {' '.join(words)} --images '{mine}'"
+    assert card["recipe"]["data"] == str(mine)
+    seen = images.load(str(mine), size=16).source
+    assert card["images"] == {"trained": 36, "fingerprint": seen.fingerprint}
+    page = (out / "README.md").read_text()
+    assert f"`{card['command']}`" in page
+    assert f"| data | {mine} |" in page
+    assert seen.fingerprint in page
+    assert "scenes" not in page
+    others = own_images(tmp_path / "others", side=24)
+    told = problem(train, chosen, tmp_path / "run", images=str(others))
+    assert "belongs to another recipe (other images)" in told
+    mine.rename(tmp_path / "moved")  # the same images at another place: the run is done already
+    train(chosen, tmp_path / "run", images=str(tmp_path / "moved"))
+
+
+def test_commands_give_the_recipe_back() -> None:
+    for name in ("mae-pico", "clip-pico-reg4-seed1"):
+        assert command(recipe(name)) == f"vitregs train {name}"
+    chosen = parse(recipe("dino-pico"), ["steps=7", "lr=1e-05", "layer_scale=1e-4", "patch_norm=true", "momentum=0.9"])
+    words = command(chosen).split()
+    assert words[:3] == ["vitregs", "train", "dino-pico"]
+    assert parse(recipe(words[2]), words[3:]) == chosen
+    assert command(TINY) is None  # its name is no recipe's
+    assert command(recipe("mae-pico").override(data="a b")) == "vitregs train mae-pico --images 'a b'"
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

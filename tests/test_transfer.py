@@ -29,16 +29,16 @@ def some(registers: int = 0, seed: int = 0, **more: Any) -> xr.Dataset:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, xr.Dataset]:
-    return {"a": some(), "a-reg2": some(2), "b": some(3)}
+    return {"clip-pico": some(), "clip-pico-reg2": some(2), "mae-pico": some(3)}
 
 
 def test_everything_known_of_scenes_is_asked(found: dict[str, xr.Dataset]) -> None:
-    data = found["a"]
+    data = found["clip-pico"]
     asked = [*transfer.ASKED, "shape mIoU", "colour mIoU", "depth rmse"]
     assert data["metric"].values.tolist() == asked
     assert data["n"].values.tolist() == [10] * 6
     assert ((data["low"] <= data["score"]) & (data["score"] <= data["high"])).all()
-    assert int(found["a-reg2"]["registers"]) == 2
+    assert int(found["clip-pico-reg2"]["registers"]) == 2
     assert data["floor"].isnull().all()
     assert data.sizes["image"] == COUNT
     assert np.isnan(data["each"].values[:, :20]).all()
@@ -46,7 +46,7 @@ def test_everything_known_of_scenes_is_asked(found: dict[str, xr.Dataset]) -> No
 
 
 def test_what_pictures_add_gives_the_scores_again(found: dict[str, xr.Dataset]) -> None:
-    data = found["a"]
+    data = found["clip-pico"]
     for metric in data["mean"].values:
         assert float(data["each"].sel(mean=metric).mean()) == pytest.approx(
             float(data["score"].sel(metric=metric)), rel=1e-5
@@ -62,11 +62,11 @@ def test_one_pass_agrees_with_the_probes_by_themselves(found: dict[str, xr.Datas
     truth = next(source.batches(COUNT)).truth
     assert truth is not None
     s = dense.segment(artifacts.patches(states), truth.semantic.numpy(), classes=9, steps=20)
-    assert float(s.miou) == pytest.approx(float(found["a"]["score"].sel(metric="shape mIoU")), abs=1e-6)
+    assert float(s.miou) == pytest.approx(float(found["clip-pico"]["score"].sel(metric="shape mIoU")), abs=1e-6)
     d = dense.estimate_depth(
         artifacts.patches(states), truth.depth.numpy(), low=1, high=4, cls=states.isel(token=[0]), **QUICK
     )
-    assert float(d.rmse) == pytest.approx(float(found["a"]["score"].sel(metric="depth rmse")), rel=1e-4)
+    assert float(d.rmse) == pytest.approx(float(found["clip-pico"]["score"].sel(metric="depth rmse")), rel=1e-4)
 
 
 def test_colours_of_pixels_against_a_loop() -> None:
@@ -124,8 +124,8 @@ def test_pictures_with_labels_alone_are_asked_for_labels(tmp_path: Path) -> None
     data = transfer.measure(tiny(), images.load(str(tmp_path), size=(32, 48)), **QUICK)
     assert data["metric"].values.tolist() == ["label"]
     assert "counts" not in data
-    assert tables_dense.differences({"a": data}).empty
-    assert "label" in tables_dense.scores({"a": data}).columns
+    assert tables_dense.differences({"clip-pico": data}).empty
+    assert "label" in tables_dense.scores({"clip-pico": data}).columns
 
 
 def test_pictures_that_tell_nothing(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_pictures_that_tell_nothing(tmp_path: Path) -> None:
 
 
 def test_a_difference_is_paired(found: dict[str, xr.Dataset]) -> None:
-    a, b = found["a"], found["b"]
+    a, b = found["clip-pico"], found["mae-pico"]
     for metric in a["metric"].values:
         value, low, high = transfer.difference(a, b, metric)
         gap = float(b["score"].sel(metric=metric) - a["score"].sel(metric=metric))
@@ -152,20 +152,23 @@ def test_a_difference_is_paired(found: dict[str, xr.Dataset]) -> None:
         transfer.difference(a, b.isel(image=slice(12)), "colour")
 
 
-def test_pairs_are_models_that_follow_each_other(found: dict[str, xr.Dataset]) -> None:
-    assert tables_dense.pairs(found) == [("a", "a-reg2")]
-    assert tables_dense.pairs({"b": found["b"], "a": found["a"]}) == []
+def test_only_models_of_one_recipe_are_compared(found: dict[str, xr.Dataset]) -> None:
+    assert set(tables_dense.differences(dict(reversed(found.items())))["pair"]) == {"clip-pico"}
+    neighbours = {"mae-pico": found["clip-pico"], "clip-pico-reg2": found["clip-pico-reg2"]}
+    assert tables_dense.differences(neighbours).empty
+    several = {**found, "clip-pico-reg4": found["clip-pico-reg2"]}
+    assert list(dict.fromkeys(tables_dense.differences(several)["pair"])) == ["clip-pico-reg2", "clip-pico-reg4"]
 
 
 def test_tables_say_the_numbers_in_their_units(found: dict[str, xr.Dataset]) -> None:
     table = tables_dense.scores(found)
-    assert table.index.tolist() == ["a", "a-reg2", "b", "chance", "pictures"]
-    colour, depth = (float(found["a"]["score"].sel(metric=m)) for m in ("colour", "depth rmse"))
-    assert table.loc["a", "colour"].startswith(f"{100 * colour:.0f} [")
-    assert table.loc["a", "depth rmse"].startswith(f"{depth:.2f} [")
+    assert table.index.tolist() == ["clip-pico", "clip-pico-reg2", "mae-pico", "chance", "pictures"]
+    colour, depth = (float(found["clip-pico"]["score"].sel(metric=m)) for m in ("colour", "depth rmse"))
+    assert table.loc["clip-pico", "colour"].startswith(f"{100 * colour:.0f} [")
+    assert table.loc["clip-pico", "depth rmse"].startswith(f"{depth:.2f} [")
     assert table.loc["pictures", "colour"] == "10"
     gaps = tables_dense.differences(found)
-    assert set(gaps["pair"]) == {"a"}
+    assert set(gaps["pair"]) == {"clip-pico"}
     assert len(gaps) == 6
     assert gaps["clear"].tolist() == [
         bool(low > 0 or high < 0) for low, high in zip(gaps["low"], gaps["high"], strict=True)
@@ -191,22 +194,22 @@ def test_curves_hold_the_papers_numbers_and_ours(found: dict[str, xr.Dataset]) -
     best = paper[(paper["panel"] == "depth, rmse") & (paper["registers"] == 8)]["score"].item()
     assert best == published.value("tables", table="fig_8", registers=8, quantity="mean_rmse")
     ours = table[table["source"] == "ours"].set_index(["panel", "registers"])
-    assert ours.loc[("colour, %", 2), "score"] == pytest.approx(100 * float(found["a-reg2"]["score"][0]))
+    assert ours.loc[("colour, %", 2), "score"] == pytest.approx(100 * float(found["clip-pico-reg2"]["score"][0]))
     gaps = tables_dense.against_none(found, ["colour", "depth rmse"])
-    assert gaps.index.tolist() == ["a-reg2", "b"]
+    assert gaps.index.tolist() == ["clip-pico-reg2", "mae-pico"]
     assert gaps["registers"].tolist() == [2, 3]
-    assert tables_dense.against_none({"a": found["a"]}, ["colour"]).empty
+    assert tables_dense.against_none({"clip-pico": found["clip-pico"]}, ["colour"]).empty
 
 
 def test_what_is_asked_is_said_in_words(found: dict[str, xr.Dataset]) -> None:
     said = tables_dense.asked(found).splitlines()
     assert said[:2] == ["classes: colour, shape, colour and shape", "segments: shape mIoU, colour mIoU"]
     assert said[2:] == ["depth: depth rmse", "words: no network here has a text side that fits these pictures"]
-    few = {"a": found["a"].isel(metric=[0])}
+    few = {"clip-pico": found["clip-pico"].isel(metric=[0])}
     assert tables_dense.asked(few).splitlines()[1] == "segments: no truth in these pictures"
     drawn = {"shape, %": "shape", "colour, mIoU %": "colour mIoU", "depth, rmse": "depth rmse"}
     assert tables_dense.panels(found, "shape", "colour") == drawn
-    real = {"a": xr.Dataset(coords={"metric": ["label", "mask mIoU"]})}
+    real = {"clip-pico": xr.Dataset(coords={"metric": ["label", "mask mIoU"]})}
     assert tables_dense.panels(real, "colour", "colour") == {"label, %": "label", "mask, mIoU %": "mask mIoU"}
 
 
@@ -231,7 +234,7 @@ def test_figures_are_drawn(found: dict[str, xr.Dataset]) -> None:
     figure = draw_dense.differences(gaps)
     assert [a.get_title() for a in figure.axes[:6]] == gaps["metric"].tolist()
     assert len(draw_dense.differences(gaps.iloc[:0]).axes) == 1
-    table = tables_dense.curves({**found, "again": found["b"]}, {"colour, %": "colour"})
+    table = tables_dense.curves({**found, "again": found["mae-pico"]}, {"colour, %": "colour"})
     assert len(draw_dense.over_registers(table).axes) == 6
     from vitregs import costs
 

@@ -1,6 +1,7 @@
 """From token norms to outliers: ratios, labels, positions, neighbours. Plain arrays with labels, no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -246,3 +247,48 @@ def mass_mask(maps: np.ndarray, keep: float = 0.6) -> np.ndarray:
     mask = np.zeros(maps.shape, bool)
     np.put_along_axis(mask, order, before < keep, -1)
     return mask
+
+
+@dataclass(frozen=True)
+class Hunted:
+    """A network by the rule of the hunt, in numbers: its strongest layer, and where the second mode sits there."""
+
+    layer: int
+    depth: int
+    top1: tuple[float, float, float]  # top-1-% over median norm, median over images with its 95 % interval
+    separation: float
+    share: float  # of the patches, in the second mode
+    emerged: bool
+    background: tuple[float, float, float] | None  # share of pure background in the mode with its 95 % interval
+    rest: tuple[float, float, float] | None  # the same of all other patches; None without a mode or without masks
+    artifact: (
+        bool | None
+    )  # emerged, and on background first; None where outliers have emerged and nothing tells on what
+
+
+def hunt(norms: xr.DataArray, ground: np.ndarray | None, layers: pd.DataFrame | None = None) -> Hunted:
+    """Judge a network by the rule of the hunt: norms [image, layer, token], share of background in every patch (images, patches)
+    or None, `by_layer`'s table if it is at hand → Hunted (Fig 3, 5a, 7)."""
+    best = strongest(by_layer(norms) if layers is None else layers)
+    layer, there = int(best.layer), emerged(best)
+    parts: list[tuple[float, float, float] | None] = [None, None]
+    artifact = None if there else False
+    if best.share > 0 and ground is not None:
+        at = norms.sel(layer=layer)
+        marked, _ = mark(at, cutoff(at), float(best.share))
+        where = np.select([np.isnan(ground), ground == 1], [-1, 0], 1)  # images without a mask are left out
+        part = share_by_group(marked, where, ("background", "rest")).set_index("group")
+        cells = part[["share", "low", "high"]].astype(float)
+        parts = [(float(s), float(low), float(high)) for s, low, high in cells.loc[["background", "rest"]].values]
+        artifact = there and bool(cells.loc["background", "low"] > cells.loc["rest", "high"])
+    return Hunted(
+        layer=layer,
+        depth=int(norms["layer"].max()),
+        top1=interval(top_ratio(norms).sel(layer=layer), of=np.median),
+        separation=float(best.separation),
+        share=float(best.share),
+        emerged=there,
+        background=parts[0],
+        rest=parts[1],
+        artifact=artifact,
+    )

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import tempfile
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -173,7 +172,7 @@ def execute(chapter: str, values: Mapping[str, Any], out: Path, stored: Path) ->
     if full.get("weights"):
         full["weights"] = [str(Path(f).expanduser().resolve()) if f else "" for f in full["weights"]]
     given = {k: v for k, v in full.items() if v != known[k].default}
-    _check_writable(stored)
+    results.check_writable(stored)
 
     def write(spare: Path) -> None:
         named = spare.with_suffix(".ipynb")  # papermill chooses its format by the suffix
@@ -214,16 +213,6 @@ def _environment(**names: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _check_writable(folder: Path) -> None:
-    """Raise Problem unless files can be written in a folder, which is made: a long run must not fail at its end."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise Problem(f"cannot write results in {folder}: {error.strerror}") from error
-
-
 def tidy(text: str) -> str:
     """Drop what a run adds and nobody reads (time stamps, paths, empty tags): notebook JSON → notebook JSON."""
     book = json.loads(text)
@@ -241,8 +230,16 @@ Measured = xr.DataArray | xr.Dataset
 
 
 def _kept(how: Callable[[Backbone, Images], Measured], backbone: Backbone, source: Images) -> xr.Dataset:
+    """What was measured, with the truth of its patches (share of background) beside it where there are masks."""
     found = how(backbone, source)
-    return found if isinstance(found, xr.Dataset) else found.to_dataset(name="value")
+    if isinstance(found, xr.Dataset):
+        return found
+    data = found.to_dataset(name="value")
+    if {"image", "token"} <= set(found.dims):
+        ground = source.background(backbone.grid(source.size))
+        if ground is not None and len(ground) == found.sizes["image"]:  # some chapters keep the first images alone
+            data["background"] = (("image", "patch"), ground.astype(np.float32))
+    return data
 
 
 def _text(how: Callable[..., Any]) -> str:
@@ -298,7 +295,7 @@ class Run:
             key = {"what": name, "how": _text(how), "weights": backbone.weights, **given, **source.key}
             path = self.folder / f"{name}.{backbone.name}.nc"
             data = results.stored(path, partial(_kept, how, backbone, source), key=key)
-            found[model] = data["value"] if list(data.data_vars) == ["value"] else data
+            found[model] = data["value"] if set(data.data_vars) <= {"value", "background"} else data
         return found
 
     def preview(self, backbone: Backbone, count: int) -> np.ndarray:

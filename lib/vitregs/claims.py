@@ -71,15 +71,16 @@ def holds(rule: str, found: Measured) -> bool:
     return all(answers)
 
 
-def judge(claim: Claim, folder: Path = RESULTS) -> tuple[Measured | None, str]:
-    """Measure a claim on stored results: claim, their folder → what was found (None: nothing), one of VERDICTS.
+def judge(claim: Claim, folder: Path = RESULTS, met: Mapping[str, bool] | None = None) -> tuple[Measured | None, str]:
+    """Measure a claim on stored results: claim, their folder, conditions worked out before → what was found (None: nothing), one
+    of VERDICTS.
 
     What does not meet its condition, or has no measure, is not testable here. Raises Problem for results that are missing.
     """
     if not claim.measure:
         return None, VERDICTS[2]
     found = MEASURES[claim.measure](folder)
-    if claim.needs and not NEEDS[claim.needs](folder):
+    if claim.needs and not (NEEDS[claim.needs](folder) if met is None else met[claim.needs]):
         return found, VERDICTS[2]
     return found, VERDICTS[0] if holds(claim.rule, found) else VERDICTS[1]
 
@@ -87,9 +88,12 @@ def judge(claim: Claim, folder: Path = RESULTS) -> tuple[Measured | None, str]:
 def scoreboard(folder: Path = RESULTS) -> pd.DataFrame:
     """Every claim with its verdict: folder of stored results → rows id, where, statement, published, ours, of, rule, verdict,
     scale, chapter."""
-    rows = []
-    for claim in ledger():
-        found, verdict = judge(claim, folder)
+    rows, claims = [], ledger()
+    met = {
+        name: NEEDS[name](folder) for name in dict.fromkeys(c.needs for c in claims if c.needs)
+    }  # many claims share them
+    for claim in claims:
+        found, verdict = judge(claim, folder, met)
         ours = "–" if found is None else found.text()
         rows.append(
             {

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitregs.problems import Problem, unknown
+from vitregs.problems import Interrupted, Problem, unknown
 
 COMMANDS = ("diagnose", "run", "train", "models", "scoreboard")
 
@@ -224,6 +224,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except Problem as problem:
         print(f"vitregs: {problem}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"vitregs: {stop}", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print("vitregs: stopped", file=sys.stderr)
         return 130

@@ -15,6 +15,15 @@ class Problem(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run that was told to stop and kept what it had: how to go on, and the exit code of a process that ends by it."""
+
+    def __init__(self, message: str, code: int) -> None:
+        """Keep one line for the user, and the exit code (128 and the number of the signal)."""
+        super().__init__(message)
+        self.code = code
+
+
 def unknown(what: str, name: object, choices: Iterable[str]) -> Problem:
     """Make the Problem for a name that does not exist: what it names, the name, the right ones → Problem with the nearest."""
     choices = sorted(choices)

@@ -142,6 +142,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             spare.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder and see that files can be written in it: a long run must not fail at its end. Raises Problem."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Problem(f"cannot write results in {folder}: {error.strerror}") from error
+
+
 def save(data: xr.Dataset, path: Path) -> None:
     """Keep a labelled data set as netCDF, compressed: written whole or not at all."""
 

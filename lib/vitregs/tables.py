@@ -8,6 +8,7 @@ import pandas as pd
 import xarray as xr
 
 from vitregs import artifacts, backbones, published
+from vitregs.pairs import register_pairs
 
 GROUPS = ("background", "object", "border")
 Mark = tuple[xr.DataArray, str]
@@ -99,33 +100,30 @@ def hunt(norms: Mapping[str, xr.DataArray], grounds: Mapping[str, np.ndarray | N
     """
     rows = []
     for name, a in norms.items():
-        best = artifacts.strongest(artifacts.by_layer(a))
-        at = a.sel(layer=int(best.layer))
-        middle, low, high = artifacts.interval(artifacts.top_ratio(a).sel(layer=int(best.layer)), of=np.median)
-        there = artifacts.emerged(best)
-        row = {
-            "model": name,
-            "layer": f"{best.layer:.0f} of {int(a['layer'].max())}",
-            "top-1% ratio": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-            "D": round(float(best.separation), 1),
-            "mode, %": round(100 * float(best.share), 1),
-            "emerged": "yes" if there else "no",
-            "wall, %": "",
-            "rest, %": "",
-            "artifact": "?" if there else "no",
-        }
-        ground = grounds[name]
-        if best.share > 0 and ground is not None:
-            marked, _ = artifacts.mark(at, artifacts.cutoff(at), float(best.share))
-            where = np.select([np.isnan(ground), ground == 1], [-1, 0], 1)
-            part = artifacts.share_by_group(marked, where, ("background", "rest")).set_index("group")
-            for group, column in (("background", "wall, %"), ("rest", "rest, %")):
-                share, low, high = 100 * part.loc[group, ["share", "low", "high"]].astype(float)
-                row[column] = f"{share:.1f} [{low:.1f}, {high:.1f}]"
-            prefers = part.loc["background", "low"] > part.loc["rest", "high"]
-            row["artifact"] = "yes" if there and prefers else "no"
-        rows.append(row)
+        found = artifacts.hunt(a, grounds[name])
+        middle, low, high = found.top1
+        rows.append(
+            {
+                "model": name,
+                "layer": f"{found.layer} of {found.depth}",
+                "top-1% ratio": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+                "D": round(found.separation, 1),
+                "mode, %": round(100 * found.share, 1),
+                "emerged": _yes(found.emerged),
+                "wall, %": _per_cent(found.background),
+                "rest, %": _per_cent(found.rest),
+                "artifact": _yes(found.artifact),
+            }
+        )
     return pd.DataFrame(rows)
+
+
+def _yes(value: bool | None) -> str:
+    return {True: "yes", False: "no", None: "?"}[value]
+
+
+def _per_cent(interval: tuple[float, float, float] | None) -> str:
+    return "" if interval is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in interval))
 
 
 def sizes(norms: Mapping[str, xr.DataArray], weights: Mapping[str, int]) -> dict[str, xr.DataArray]:
@@ -199,11 +197,17 @@ def registers(means: Mapping[str, xr.DataArray]) -> dict[str, pd.DataFrame]:
     return panels
 
 
+def _four(names: Sequence[str]) -> dict[str, str]:
+    """Partners in the zoo with four registers: names → {name: partner}."""
+    found = {a: b for a, b in register_pairs(backbones.zoo()) if backbones.card(b)["recipe"]["registers"] == 4}
+    return {name: found[name] for name in names if name in found}
+
+
 def pairs(names: Sequence[str]) -> dict[str, dict[str, xr.Dataset]]:
     """Histories of zoo models and of the same with four registers: names → {name: {label: history}}; absent ones are left out."""
-    found = {}
+    partner, found = _four(names), {}
     for name in names:
-        logs = {"no registers": backbones.history(name), "4 registers": backbones.history(f"{name}-reg4")}
+        logs = {"no registers": backbones.history(name), "4 registers": backbones.history(partner.get(name, ""))}
         there = {k: v for k, v in logs.items() if v is not None}
         if there:
             found[name] = there
@@ -215,8 +219,8 @@ def zoo(names: Sequence[str]) -> pd.DataFrame:
 
     Linear scores are trained / untrained; a dash where a card has none.
     """
-    rows = []
-    for name in [full for n in names for full in (n, f"{n}-reg4")]:
+    rows, partner = [], _four(names)
+    for name in [full for n in names for full in (n, partner.get(n, ""))]:
         if name in backbones.zoo():
             card = backbones.card(name)
             asked = {k: f"{v:.2f} / {card['linear_untrained'][k]:.2f}" for k, v in card.get("linear", {}).items()}

@@ -1,13 +1,13 @@
 """What the chapters on regressions and on the number of registers print: measured data sets in, data frames out."""
 
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from vitregs import artifacts, published
+from vitregs.pairs import register_pairs
 from vitregs.probes import transfer
 
 PAPER = {  # Table 2: column of ours → data set, quantity
@@ -92,23 +92,21 @@ def _plain(data: xr.Dataset, key: str) -> dict[str, str]:
     return {m: "–" if np.isnan(v) else f"{v:.{digits[m]}f}" for m, v in shown.items()}
 
 
-def pairs(found: Mapping[str, xr.Dataset]) -> list[tuple[str, str]]:
-    """Models that follow each other, the first without and the second with registers: → their names."""
-    names = list(found)
-    with_ = {n: int(d["registers"]) > 0 for n, d in found.items()}
-    return [(a, b) for a, b in pairwise(names) if with_[b] and not with_[a]]
-
-
 def differences(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
-    """What registers change in every pair, with paired 95 % intervals over pictures: {model: Dataset[metric]} → rows pair,
-    metric, difference, low, high (points; the unit of depth), text, clear (the interval leaves out 0), better (with them)."""
+    """What registers change in every pair, with paired 95 % intervals over images: {model: Dataset[metric]} → rows pair,
+    metric, difference, low, high (points; the unit of depth), text, clear (the interval leaves out 0), better (with them).
+
+    A pair is named by its network without registers; by that with them, where one without has several partners."""
     rows = []
-    for first, second in pairs(found):
+    pairs = register_pairs(found)
+    plain = [first for first, _ in pairs]
+    for first, second in pairs:
         a, b = found[first], found[second]
         for metric in [m for m in a["metric"].values if m in b["metric"].values]:
             value, low, high = transfer.difference(a, b, metric)
             clear = low > 0 or high < 0
-            row = {"pair": first, "metric": metric, "text": _cell((value, low, high), metric, "+"), "clear": clear}
+            name = first if plain.count(first) == 1 else second
+            row = {"pair": name, "metric": metric, "text": _cell((value, low, high), metric, "+"), "clear": clear}
             row |= {k: unit(metric) * v for k, v in (("difference", value), ("low", low), ("high", high))}
             rows.append(row | {"better": (value < 0) if unit(metric) == 1 else (value > 0)})
     columns = ["pair", "metric", "difference", "low", "high", "text", "clear", "better"]

@@ -1,13 +1,13 @@
 """What the chapter on object discovery prints and draws: measured data sets of several models in, data frames out."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from vitregs import artifacts, discovery, published
+from vitregs.pairs import register_pairs
 
 SETS = ("VOC2007", "VOC2012", "COCO20k")
 RULES = dict(zip(discovery.RULES, ("bias 0", "centred", "best bias"), strict=True))
@@ -54,12 +54,6 @@ def scores(found: Mapping[str, xr.Dataset], chance: xr.DataArray) -> pd.DataFram
     return pd.DataFrame(rows, columns=["model", "feature", *RULES.values(), "at", "n"]).fillna("–")
 
 
-def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Models that differ in their registers alone, by name: names → (without, with)."""
-    bare = {name: re.sub(r"[-_]reg\d+", "", name) for name in names}
-    return [(plain, name) for name, plain in bare.items() if plain != name and plain in bare]
-
-
 def differences(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     """CorLoc with registers minus without, in points: {model: study} → a row a pair with 95 % intervals, a bootstrap over the
     same pictures, the paper's first (Table 3). Both of a pair choose from the same biases on the same half."""
@@ -68,7 +62,7 @@ def differences(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     for model in table.index.unique("model"):
         gap = table.loc[(model, 4)] - table.loc[(model, 0)]
         rows.append({"pair": f"{model} (paper)", "best bias": " / ".join(f"{v:+.1f}" for v in gap)})
-    for without, with_ in pairs(list(found)):
+    for without, with_ in register_pairs(found):
         gap = _used(found[with_])["hit"].drop_vars("model") - _used(found[without])["hit"].drop_vars("model")
         text = {RULES[rule]: _cell(gap.sel(rule=rule).values, "+") for rule in RULES}
         rows.append({"pair": f"{with_} − {without}", "feature": str(found[with_]["used"].values), **text})
@@ -78,7 +72,7 @@ def differences(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
 def curves(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     """CorLoc over biases, all pictures: {model: study} → rows pair, model, bias, score, low, high in per cent; empty without true
     boxes."""
-    plain = {with_: without for without, with_ in pairs(list(found))}
+    plain = {with_: without for without, with_ in register_pairs(found)}
     rows = []
     for name, data in found.items():
         swept = _used(data)["swept"].transpose("bias", "image")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from vitregs import artifacts
-from vitregs.evidence.measured import Measured, apart, mean, measure, read
+from vitregs.evidence.measured import PAPERS, Measured, apart, mean, measure, pairs, read
 
 
 def _local(folder: Path, model: str, quantity: str, one: str, two: str, times: float) -> Measured:
@@ -30,7 +30,8 @@ def position_controlled(folder: Path) -> Measured:
 def position_above_chance(folder: Path) -> Measured:
     """Positions of outliers named right, in points above chance."""
     data = read(folder, "05_local_information", "local", "hunt-pico").sel(quantity="top1", group="outlier")
-    value, low, high = (100 * float(data[k]) - 100 / 64 for k in ("score", "low", "high"))
+    chance = 100 / int(data.attrs["positions"])
+    value, low, high = (100 * float(data[k]) - chance for k in ("score", "low", "high"))
     return Measured(value, low, high, int(data["tokens"]), "hunt-pico")
 
 
@@ -43,11 +44,11 @@ def pixels(folder: Path) -> Measured:
 @measure
 def position_registers(folder: Path) -> Measured:
     """Positions of normal patches named right, in points: register model minus plain model."""
-    pair = [
-        read(folder, "05_local_information", "local", m).sel(quantity="top1", group="normal")
-        for m in ("dinov2-pico-reg4", "dinov2-pico")
-    ]
-    return apart(pair[0], pair[1], 100, int(pair[0]["tokens"]), "DINOv2 pair")
+    (names,) = pairs(folder, "05_local_information", "local", ["dinov2"])
+    plain, with_ = (
+        read(folder, "05_local_information", "local", m).sel(quantity="top1", group="normal") for m in names
+    )
+    return apart(with_, plain, 100, int(with_["tokens"]), "DINOv2 pair")
 
 
 def _tokens(folder: Path, model: str, one: str, two: str) -> Measured:
@@ -77,18 +78,17 @@ def register_knows(folder: Path) -> Measured:
 @measure
 def mae_beyond(folder: Path) -> Measured:
     """Per cent of patches beyond 3 spreads of the first component of MAE."""
-    first = read(folder, "12_feature_maps", "components", "mae-pico")["maps"].isel(component=0).values
-    return mean(100 * (np.abs(first) > 3).mean((1, 2)), "mae-pico")
+    return mean(_beyond(folder, "mae-pico"), "mae-pico")
 
 
 @measure
 def smoother(folder: Path) -> Measured:
     """Per cent of patches beyond 3 spreads of the first component: plain minus register models, three pairs."""
-    shares = {
-        m: 100
-        * (np.abs(read(folder, "12_feature_maps", "components", m)["maps"].isel(component=0).values) > 3).mean((1, 2))
-        for pair in ("supervised-pico", "clip-pico", "dinov2-pico")
-        for m in (pair, f"{pair}-reg4")
-    }
-    gaps = [shares[m] - shares[f"{m}-reg4"] for m in ("supervised-pico", "clip-pico", "dinov2-pico")]
-    return mean(np.mean(gaps, 0), "three pairs")
+    names = pairs(folder, "12_feature_maps", "components", PAPERS)
+    return mean(np.mean([_beyond(folder, plain) - _beyond(folder, with_) for plain, with_ in names], 0), "three pairs")
+
+
+def _beyond(folder: Path, model: str) -> np.ndarray:
+    """Per cent of the patches of each image beyond 3 standard deviations of the first component."""
+    first = read(folder, "12_feature_maps", "components", model)["maps"].isel(component=0).values
+    return 100 * (np.abs(first) > 3).mean((1, 2))

@@ -1,26 +1,55 @@
 """Evidence on outliers themselves: norms, layers, training, attention, redundancy, positions (Fig 1 to 5, 7, 10, 11, 15)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
-from vitregs import artifacts, backbones, images, published, resize, tables
-from vitregs.evidence.measured import NEEDS, PAIRS, Measured, exact, mean, measure, read
+from vitregs import artifacts, backbones, published, resize
+from vitregs.evidence.measured import NEEDS, PAPERS, Measured, exact, mean, measure, pairs, read, stored, written
+
+CHAPTERS = ("03_when_outliers_appear", "07_registers")  # which keep norms at all layers
+
+
+def kept(folder: Path, model: str) -> xr.Dataset:
+    """Norms of a model at all layers with the truth of their images: → `value` [image, layer, token], `background` [image,
+    patch] where there are masks."""
+    return read(folder, _chapter(folder, model), "norms", model)
+
+
+def _chapter(folder: Path, model: str) -> str:
+    return next((c for c in CHAPTERS if (folder / c / f"norms.{model}.nc").exists()), CHAPTERS[-1])
+
+
+def layers(folder: Path, model: str) -> pd.DataFrame:
+    """Evidence at every layer of a model: → the table of `artifacts.by_layer`, which takes a second to make."""
+    return _layers(folder, model, *written(folder / _chapter(folder, model) / f"norms.{model}.nc"))
+
+
+@lru_cache(maxsize=64)
+def _layers(folder: Path, model: str, _inode: int, _time: int) -> pd.DataFrame:
+    return artifacts.by_layer(norms(folder, model))
 
 
 def norms(folder: Path, model: str) -> xr.DataArray:
-    """Norms at all layers of a zoo model: → [image, layer, token]."""
-    chapter = "03_when_outliers_appear" if model.startswith("hunt") else "07_registers"
-    return read(folder, chapter, "norms", model)["value"]
+    """Norms of a model at all layers: → [image, layer, token]."""
+    return kept(folder, model)["value"]
 
 
-def modes(folder: Path, models: Sequence[str]) -> dict[str, float]:
+def bare(folder: Path) -> list[str]:
+    """Networks without registers whose norms are kept at all layers."""
+    names = [m for c in CHAPTERS for m in stored(folder, c, "norms")]
+    return [m for m in names if not (norms(folder, m)["kind"] == "register").any()]
+
+
+def modes(folder: Path, models: Iterable[str]) -> dict[str, float]:
     """Share of patches in an outlier mode at the strongest layer of each model, 0 without one."""
     found = {}
     for model in models:
-        best = artifacts.strongest(artifacts.by_layer(norms(folder, model)))
+        best = artifacts.strongest(layers(folder, model))
         found[model] = float(best.share) if np.isfinite(best.cutoff) else 0.0
     return found
 
@@ -28,32 +57,36 @@ def modes(folder: Path, models: Sequence[str]) -> dict[str, float]:
 @measure
 def any_mode(folder: Path) -> Measured:
     """Largest share of patches, in per cent, that form an outlier mode in a network without registers."""
-    found = modes(folder, [*PAIRS, "hunt-pico", "hunt-long"])
+    found = modes(folder, bare(folder))
     best = max(found, key=lambda m: found[m])
-    return exact(100 * found[best], 64, best)
+    return exact(100 * found[best], norms(folder, best).sizes["image"], best)
 
 
 @measure
 def largest_mode(folder: Path) -> Measured:
     """Centre of the outlier mode over the median norm, at its strongest."""
-    rows = {m: artifacts.strongest(artifacts.by_layer(norms(folder, m))) for m in (*PAIRS, "hunt-pico")}
+    rows = {m: artifacts.strongest(layers(folder, m)) for m in bare(folder)}
     best = max((m for m in rows if np.isfinite(rows[m].cutoff)), key=lambda m: rows[m].ratio, default="")
-    return exact(float(rows[best].ratio) if best else 0.0, 64, best or "no model has a mode")
+    if not best:
+        return exact(0.0, 0, "no model has a mode")
+    return exact(float(rows[best].ratio), norms(folder, best).sizes["image"], best)
 
 
 @measure
 def dino_mode(folder: Path) -> Measured:
     """Per cent of patches in an outlier mode of DINO."""
-    return exact(100 * modes(folder, ["dino-pico"])["dino-pico"], 64, "dino-pico")
+    found = norms(folder, "dino-pico").sizes["image"]
+    return exact(100 * modes(folder, ["dino-pico"])["dino-pico"], found, "dino-pico")
 
 
 @measure
 def first_layer(folder: Path) -> Measured:
     """First layer with an outlier mode, as a share of the depth."""
-    table = artifacts.by_layer(norms(folder, "hunt-pico"))
+    found = norms(folder, "hunt-pico")
+    table = layers(folder, "hunt-pico")
     there = table[(table["layer"] > 0) & table["cutoff"].notna()]
     depth = int(table["layer"].max())
-    return exact(float(there["layer"].min()) / depth if len(there) else 1.0, 64, "hunt-pico")
+    return exact(float(there["layer"].min()) / depth if len(there) else 1.0, found.sizes["image"], "hunt-pico")
 
 
 @measure
@@ -71,8 +104,8 @@ def onset(folder: Path) -> Measured:
 def widest_only(folder: Path) -> Measured:
     """Top-1-% over median norm of the widest network, minus that of the narrowest, at their strongest layers."""
     ends = [
-        artifacts.top_ratio(a).sel(layer=int(artifacts.strongest(artifacts.by_layer(a)).layer)).values
-        for a in (norms(folder, m) for m in ("hunt-pico", "hunt-femto"))
+        artifacts.top_ratio(norms(folder, m)).sel(layer=int(artifacts.strongest(layers(folder, m)).layer)).values
+        for m in ("hunt-pico", "hunt-femto")
     ]
     return mean(ends[0] - ends[1], "hunt-pico − hunt-femto")
 
@@ -81,9 +114,9 @@ def widest_only(folder: Path) -> Measured:
 def artifact_ratio(folder: Path) -> Measured:
     """Largest over median patch norm in the last layer, register model over plain model, mean over the pairs of the paper."""
     logs = [
-        np.log(artifacts.largest_ratio(norms(folder, f"{m}-reg4")).isel(layer=-1).values)
-        - np.log(artifacts.largest_ratio(norms(folder, m)).isel(layer=-1).values)
-        for m in ("supervised-pico", "clip-pico", "dinov2-pico")
+        np.log(artifacts.largest_ratio(norms(folder, with_)).isel(layer=-1).values)
+        - np.log(artifacts.largest_ratio(norms(folder, plain)).isel(layer=-1).values)
+        for plain, with_ in pairs(folder, CHAPTERS[-1], "norms", PAPERS)
     ]
     found = mean(np.mean(logs, 0), "three pairs")
     value, low, high = np.exp([found.value, found.low, found.high]).tolist()
@@ -133,12 +166,9 @@ def register_bands(folder: Path) -> Measured:
 @measure
 def attention_peak(folder: Path) -> Measured:
     """Part of the CLS attention that falls on one patch, in per cent: plain model minus register model."""
-    peaks = [
-        artifacts.peak_share(read(folder, "01_attention_artifacts", "cls_attention", m)["value"]).isel(
-            layer=-1, query=0
-        )
-        for m in ("supervised-pico", "supervised-pico-reg4")
-    ]
+    where = (folder, "01_attention_artifacts", "cls_attention")
+    (pair,) = pairs(*where, ["supervised"])
+    peaks = [artifacts.peak_share(read(*where, m)["value"]).isel(layer=-1, query=0) for m in pair]
     return mean(100 * (peaks[0].values - peaks[1].values), "supervised pair")
 
 
@@ -191,11 +221,8 @@ def stripes(_folder: Path) -> Measured:
         "antialias_size": resize.gradient(16, 7, antialias=True),
     }
     table = published.table("fig11")
-    worst = max(
-        float(np.abs(table[table["variant"] == k].sort_values("index")["value"].to_numpy() - g).max())
-        for k, g in ways.items()
-    )
-    return exact(worst, 48, "three variants")
+    off = [np.abs(table[table["variant"] == k].sort_values("index")["value"].to_numpy() - g) for k, g in ways.items()]
+    return exact(float(np.max(off)), int(np.size(off)), f"{len(off)} variants")
 
 
 # --- conditions
@@ -206,27 +233,24 @@ def has_mode(folder: Path) -> bool:
     return any_mode(folder).value > 0
 
 
+def placed(folder: Path) -> dict[str, bool | None]:
+    """Whether each network without registers has outliers that prefer plain background, the paper's artifact by the rule of the
+    hunt: → {model: whether, None where outliers are there and no masks tell on what}."""
+    found = {m: kept(folder, m) for m in bare(folder)}
+    truth = {m: d["background"].values if "background" in d else None for m, d in found.items()}
+    return {m: artifacts.hunt(d["value"], truth[m], layers(folder, m)).artifact for m, d in found.items()}
+
+
 def has_artifacts(folder: Path) -> bool:
-    """Some network without registers has outliers that prefer plain background: the paper's artifact (rule of the hunt)."""
-    found = {m: norms(folder, m) for m in PAIRS}
-    grounds = {m: grounds_of(found[m]) for m in found}
-    return bool((tables.hunt(found, grounds)["artifact"] == "yes").any())
-
-
-def grounds_of(array: xr.DataArray) -> np.ndarray:
-    """Share of background in every patch of the scenes that a chapter measured: norms → (pictures, patches)."""
-    patch = artifacts.patches(array)
-    rows, columns = int(patch["y"].max()) + 1, int(patch["x"].max()) + 1
-    size = {8: 64, 12: 96}[rows]
-    found = images.load("scenes", size=size, count=array.sizes["image"]).background((rows, columns))
-    assert found is not None
-    return found
+    """Some network without registers has the paper's artifact."""
+    return any(v is True for v in placed(folder).values())
 
 
 @measure
 def artifact_exists(folder: Path) -> Measured:
     """1 if some network without registers has the paper's artifact, else 0."""
-    return exact(float(has_artifacts(folder)), 64, "five networks without registers")
+    found = placed(folder)
+    return exact(float(any(v is True for v in found.values())), len(found), f"{len(found)} networks without registers")
 
 
 NEEDS |= {"mode": has_mode, "artifacts": has_artifacts}

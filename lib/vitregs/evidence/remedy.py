@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from vitregs import costs, objects
-from vitregs.evidence.measured import PAIRS, Measured, exact, mean, measure, read
+from vitregs.evidence.measured import PAPERS, Measured, exact, mean, measure, pairs, read, sweep
 from vitregs.probes import transfer
 
 
@@ -43,60 +43,59 @@ def wide_maps(folder: Path) -> Measured:
     return Measured(ratio(every), float(low), float(high), len(every), "dinov2-pico-reg4")
 
 
-def _change(folder: Path, metric: str, pairs: Sequence[str], times: float) -> Measured:
-    """Register model minus plain model, mean over pairs, whose paired intervals add as independent errors do."""
+def _change(folder: Path, metric: str, objectives: Sequence[str], times: float) -> Measured:
+    """Register model minus plain model, mean over the pairs of some objectives (none: all), whose paired intervals add as
+    independent errors do."""
     found = []
-    for pair in pairs:
-        a, b = (read(folder, "08_no_regression", "transfer", m) for m in (pair, f"{pair}-reg4"))
+    names = pairs(folder, "08_no_regression", "transfer", objectives)
+    for pair in names:
+        a, b = (read(folder, "08_no_regression", "transfer", m) for m in pair)
         found.append([times * v for v in transfer.difference(a, b, metric)])
     value, low, high = np.array(found).T
     down, up = (np.sqrt(np.square(d).sum()) / len(found) for d in (value - low, high - value))
     n = int(a["n"].sel(metric=metric))
-    what = f"{pairs[0]} pair" if len(pairs) == 1 else f"{len(pairs)} pairs"
+    what = f"{names[0][0]} pair" if len(names) == 1 else f"{len(names)} pairs"
     return Measured(value.mean(), value.mean() - down, value.mean() + up, n, what)
 
 
 @measure
 def linear_change(folder: Path) -> Measured:
     """Colour of the largest object by a linear classifier, in points."""
-    return _change(folder, "colour", PAIRS, 100)
+    return _change(folder, "colour", (), 100)
 
 
 @measure
 def segmentation_change(folder: Path) -> Measured:
     """Segmentation of shapes by a linear head, in points of mIoU."""
-    return _change(folder, "shape mIoU", PAIRS, 100)
+    return _change(folder, "shape mIoU", (), 100)
 
 
 @measure
 def depth_change(folder: Path) -> Measured:
     """Depth by a linear head, rmse."""
-    return _change(folder, "depth rmse", PAIRS, 1)
+    return _change(folder, "depth rmse", (), 1)
 
 
 @measure
 def depth_change_supervised(folder: Path) -> Measured:
     """The same of the supervised pair alone."""
-    return _change(folder, "depth rmse", PAIRS[:1], 1)
+    return _change(folder, "depth rmse", ["supervised"], 1)
 
 
 @measure
 def zero_shot_change(folder: Path) -> Measured:
     """Zero-shot accuracy of the CLIP pair, in points."""
-    return _change(folder, "zero-shot", ["clip-pico"], 100)
-
-
-SWEEP = {n: f"clip-pico-reg{n}" if n else "clip-pico" for n in (0, 1, 2, 4, 8, 16)}
+    return _change(folder, "zero-shot", ["clip"], 100)
 
 
 def _gain(folder: Path, metric: str, times: float) -> Measured:
     """Networks with registers minus the one without, mean over their numbers: the paired intervals are taken as one, since all
     share the network without."""
-    plain = read(folder, "09_how_many_registers", "transfer", SWEEP[0])
-    others = [read(folder, "09_how_many_registers", "transfer", m) for n, m in SWEEP.items() if n]
+    where = (folder, "09_how_many_registers", "transfer")
+    plain, *others = (read(*where, m) for m in sweep(*where).values())
     found = times * np.array([transfer.difference(plain, other, metric) for other in others])
     value, low, high = found.mean(0)
-    return Measured(value, low, high, int(plain["n"].sel(metric=metric)), "CLIP, 1 to 16 registers")
+    return Measured(value, low, high, int(plain["n"].sel(metric=metric)), f"CLIP, 1 to {max(sweep(*where))} registers")
 
 
 @measure
@@ -114,21 +113,19 @@ def dense_gain_depth(folder: Path) -> Measured:
 @measure
 def classification_slope(folder: Path) -> Measured:
     """Points of linear classification that each doubling of the registers brings."""
-    right = {
-        n: read(folder, "09_how_many_registers", "transfer", m)["each"].sel(mean="colour").values
-        for n, m in SWEEP.items()
-    }
+    where = (folder, "09_how_many_registers", "transfer")
+    right = {n: read(*where, m)["each"].sel(mean="colour").values for n, m in sweep(*where).items()}
     x = np.log2(np.array(list(right)) + 1.0)
     weight = (x - x.mean()) / np.square(x - x.mean()).sum()
-    return mean(100 * weight @ np.stack(list(right.values())), "CLIP, 0 to 16 registers")
+    return mean(100 * weight @ np.stack(list(right.values())), f"CLIP, 0 to {max(right)} registers")
 
 
 @measure
 def one_register(folder: Path) -> Measured:
     """Largest over median norm at the last layer: one register over none."""
-    one, none = (
-        np.log(read(folder, "09_how_many_registers", "ratio", SWEEP[n])["value"].isel(layer=-1).values) for n in (1, 0)
-    )
+    where = (folder, "09_how_many_registers", "ratio")
+    names = sweep(*where)
+    one, none = (np.log(read(*where, names[n])["value"].isel(layer=-1).values) for n in (1, 0))
     found = mean(one - none, "CLIP")
     value, low, high = np.exp([found.value, found.low, found.high]).tolist()
     return Measured(value, low, high, found.n, found.what)
@@ -160,32 +157,33 @@ def _hits(folder: Path, model: str) -> np.ndarray:
     return 100 * data["hit"].sel(projection=str(data["used"].values), rule="best").values
 
 
-def _corloc(folder: Path, pair: str) -> Measured:
-    return mean(_hits(folder, f"{pair}-reg4") - _hits(folder, pair), f"{pair} pair, best bias")
+def _corloc(folder: Path, objective: str) -> Measured:
+    ((plain, with_),) = pairs(folder, "10_object_discovery", "lost", [objective])
+    return mean(_hits(folder, with_) - _hits(folder, plain), f"{plain} pair, best bias")
 
 
 @measure
 def lost_dinov2(folder: Path) -> Measured:
     """CorLoc of LOST, in points."""
-    return _corloc(folder, "dinov2-pico")
+    return _corloc(folder, "dinov2")
 
 
 @measure
 def lost_supervised(folder: Path) -> Measured:
     """CorLoc of LOST, in points."""
-    return _corloc(folder, "supervised-pico")
+    return _corloc(folder, "supervised")
 
 
 @measure
 def lost_clip(folder: Path) -> Measured:
     """CorLoc of LOST, in points."""
-    return _corloc(folder, "clip-pico")
+    return _corloc(folder, "clip")
 
 
 @measure
 def lost_dino_best(folder: Path) -> Measured:
     """CorLoc of DINO minus the mean of the other networks without registers, in points."""
-    others = np.mean([_hits(folder, m) for m in ("supervised-pico", "clip-pico", "dinov2-pico")], 0)
+    others = np.mean([_hits(folder, m) for m, _ in pairs(folder, "10_object_discovery", "lost", PAPERS)], 0)
     return mean(_hits(folder, "dino-pico") - others, "dino-pico − three others, best bias")
 
 

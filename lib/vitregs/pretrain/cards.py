@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vitregs import results
-from vitregs.pretrain import history, vits
+from vitregs.pretrain import history, recipes, vits
 from vitregs.pretrain.recipe import Recipe
 
 LARGEST = "16MB"
@@ -43,6 +44,7 @@ def publish(
     results.save(log, out / "history.nc")
     card = {
         "recipe": recipe.facts(),
+        "command": recipes.command(recipe),
         "vit": {**recipe.vit(), "num_classes": net.num_classes},
         "mean": vits.MEAN,
         "std": vits.STD,
@@ -94,6 +96,7 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
         "registers": recipe["registers"],
         "shape": f"width {width}, depth {depth}, {heads} heads, patch {recipe['patch_size']}, {recipe['image_size']} px",
         "data": recipe.get("data", "scenes"),
+        **_images(card),
         "training": f"{recipe['steps']:,} steps of {recipe['batch']}, seed {recipe['seed']}, {card['minutes']:.0f} min on "
         f"{card['provenance'].get('device', 'cpu')}",
         "k-NN, trained / untrained": f"{_number(card.get('knn'))} / {_number(card.get('knn_untrained'))}",
@@ -110,10 +113,23 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
     }
     table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
     settings = " ".join(f"`{k}={v}`" for k, v in sorted(recipe.items()) if not isinstance(v, dict))
+    again = card.get("command", f"vitregs train {recipe['name']}")  # the first cards were those of recipes as they are
+    how = f"`{again}`" if again else "`vitregs.pretrain.loop.train` and the recipe below, which no command gives"
+    missing = "".join(f" There is no linear score of {k}: {why}." for k, why in card.get("left_out", {}).items())
+    unsure = "" if card.get("knn") is not None or "left_out" not in card else " Nor is there a k-NN score."
     return (
         f"# {recipe['name']}\n\n| | |\n|---|---|\n{table}\n\n"
-        f'Load it with `vitregs.backbones.load("{recipe["name"]}")`; train it again with '
-        f"`vitregs train {recipe['name']}`.\n\n{settings}\n"
+        f'Load it with `vitregs.backbones.load("{recipe["name"]}")`; train it again with {how}.{missing}{unsure}\n\n{settings}\n'
+    )
+
+
+def _images(card: Mapping[str, Any]) -> dict[str, str]:
+    """Rows on images that are no scenes."""
+    told = card.get("images")
+    return (
+        {"images": f"{told['trained']:,} trained on, fingerprint of their content {told['fingerprint']}"}
+        if told
+        else {}
     )
 
 

@@ -190,22 +190,20 @@ def _classes(named: list[object], known: list[str]) -> tuple[list[str], list[int
 
 
 def make(recipe: Recipe, device: torch.device, source: str | None = None, count: int | None = None) -> Feed:
-    """Open what a recipe trains on: recipe, device, where its pictures lie (None: by its own name) and how many to use → Feed.
+    """Open what a recipe trains on: recipe, device, where its images lie (None: by its own name) and how many to use → Feed.
 
-    Raises Problem for sources that do not exist or hold too few pictures, and for objectives that miss labels or captions.
+    Raises Problem for sources that do not exist or hold too few images, and for objectives that miss labels or captions.
     """
-    feed: Feed = (
-        SceneFeed(recipe, device)
-        if (source or recipe.data) == "scenes"
-        else PictureFeed(recipe, device, source or recipe.data, count)
-    )
-    if recipe.objective.name == "clip" and feed.held(1).captions is None:
-        raise Problem(
-            f"clip needs captions: {source or recipe.data} has neither captions nor class names for all pictures"
-        )
-    if recipe.objective.name == "supervised" and isinstance(feed, PictureFeed) and bool((feed.label < 0).any()):
+    source, objective = source or recipe.data, recipe.objective.name
+    feed: Feed = SceneFeed(recipe, device) if source == "scenes" else PictureFeed(recipe, device, source, count)
+    if objective == "clip" and feed.held(1).captions is None:
+        raise Problem(f"clip needs captions: {source} has neither captions nor class names for all pictures")
+    if objective == "supervised" and isinstance(feed, PictureFeed):
         bare = int((feed.label < 0).sum())
-        raise Problem(
-            f"supervised training needs labels: {bare} of {len(feed.label)} pictures of {source or recipe.data} have none"
-        )
+        if bare:
+            raise Problem(
+                f"supervised training needs labels: {bare} of {len(feed.label)} pictures of {source} have none"
+            )
+        if len(feed.label.unique()) < 2:
+            raise Problem(f"supervised training needs two classes or more: all pictures of {source} have one label")
     return feed

@@ -8,11 +8,14 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,11 +28,12 @@ from vitregs.backbones import Backbone
 from vitregs.preparation import Preparation
 from vitregs.pretrain import cards, feeds, history, meter, objectives, schedules, scores, vits
 from vitregs.pretrain.recipe import Recipe
-from vitregs.problems import Problem
+from vitregs.problems import Interrupted, Problem
 
 # Held-out pictures: whose norms are watched; that a head is scored on at the end, and on the way; that k-NN knows
 WATCHED, SCORED, QUERIES, BANK = 64, 512, 128, 256
 CHECKED = 50  # steps between two looks at the loss: each waits for the device
+IN_TIME = 1.0  # why a run stops: its minutes are over; else the number of a signal, which is larger
 
 
 def _advises(run: Callable[..., Path | None]) -> Callable[..., Path | None]:
@@ -65,16 +69,19 @@ def train(
 ) -> Path | None:
     """Train a recipe: where to keep checkpoints and the result, device → folder with weights, recipe, history and card.
 
-    `images` says where the pictures of `recipe.data` lie, `count` how many of them are used. `report` hears a line and
-    `follow` sees the history whenever the network is looked at. With `minutes` the run stops in time, with a checkpoint,
-    and gives None, as do all processes but the first. `final` adds linear scores at the end. Raises Problem for a
-    checkpoint of another recipe, too little memory on the device, data that do not fit, or a disk that cannot be written;
-    the last checkpoint survives.
+    `images` names the images to train on in place of `recipe.data`, `count` how many of them are used. `report` hears a line
+    and `follow` sees the history whenever the network is looked at. With `minutes` the run stops in time, with a checkpoint,
+    and gives None, as do all processes but the first. `final` adds linear scores at the end; what cannot be scored is left
+    out, and the card says why. Raises Problem for a checkpoint of another recipe or other images, too little memory on the
+    device, data that do not fit, or a disk that cannot be written; the last checkpoint survives. Ctrl-C and SIGTERM stop the
+    run behind the step at work, with a checkpoint, and raise Interrupted; a second one stops it at once.
     """
     begun = time.monotonic()
+    recipe = recipe.override(data=images) if images else recipe  # the card names what was seen
     rank, world, target = _place(device)
     origin = results.provenance(device=_named(target))  # of the code that runs, not of what it may become meanwhile
-    feed = feeds.make(recipe, target, images, count)
+    feed = feeds.make(recipe, target, count=count)
+    results.check_writable(out)
     feeds.rows(recipe.batch, rank, world)
     recipe.objective.check(dataclasses.replace(recipe, batch=recipe.batch // world))
     learner = objectives.learner(recipe, feed).to(target)
@@ -101,11 +108,13 @@ def train(
     watch = _Watch(recipe, feed, learner) if rank == 0 else None
     bar = meter.Bar(recipe.name, start, recipe.steps, recipe.batch, flop, peak, rank == 0)
     clock, total = time.monotonic() - spent, torch.tensor(before, device=target)
+    told = _Signals()
     try:
         for step in range(start, recipe.steps + 1):
-            late = minutes is not None and step > start and time.monotonic() - begun > minutes * 60
+            late = step > start and minutes is not None and time.monotonic() - begun > minutes * 60
+            stop = float(told.number or late)
             if world > 1:  # all must stop at the same step, and asking costs
-                late = minutes is not None and step > start and step % CHECKED == 0 and _sum(_flag(late, target)) > 0
+                stop = _most(stop, target) if step > start and step % CHECKED == 0 else 0.0
             if history.due(step, recipe.steps, every) and not (records and records[-1]["step"] == step):
                 mean = _sum(total) / seen / world if seen else math.nan  # nothing is learned from before step 0
                 _finite(mean if seen else 0.0, recipe, step)
@@ -124,11 +133,12 @@ def train(
                 seen = 0
             if step == recipe.steps:
                 break
-            if late:
+            if stop:
                 sofar = _sum(total) / world
                 if rank == 0:
                     _save(stamp, file, learner, optimizer, step, records, time.monotonic() - clock, sofar, seen)
-                    report(f"{recipe.name} stopped in time at step {step}: the same command goes on from here")
+                    if stop == IN_TIME:
+                        report(f"{recipe.name} stopped in time at step {step}: the same command goes on from here")
                 break
             torch.manual_seed(recipe.seed * 1_000_003 + step * world + rank)
             batch = feed.take(step, rank=rank, world=world, captions=learner.captions)
@@ -149,28 +159,75 @@ def train(
             else:
                 bar.advance()
     finally:
+        told.close()
         bar.close()
     done = None
     if rank == 0 and step == recipe.steps:
-        spent = records[-1]["seconds"] - sum(r["watching"] for r in records)
-        rate = recipe.steps * recipe.batch / max(spent, 1e-9)  # of the whole run, however often it was interrupted
-        facts: dict[str, Any] = {
-            "images_per_second": rate,
-            "utilisation": rate * flop / peak,
-            "gflop_per_image": flop / 1e9,
-        }
+        facts = _facts(recipe, feed, learner, records, flop, peak)
         if final:
-            fresh = objectives.learner(recipe, feed).to(target)
-            for name, net in (("linear", learner.published), ("linear_untrained", fresh.published)):
-                facts[name] = scores.final(snapshot(recipe, net.eval()), feed)
-        if isinstance(feed, feeds.PictureFeed):
-            facts |= {"pictures": feed.trained, "fingerprint": feed.fingerprint}
+            facts |= _scored(recipe, feed, learner, target)
         words = learner.eval().text_side() if hasattr(learner, "text_side") else None
         done = cards.publish(recipe, learner.published, records, out, origin, facts, words)
     if world > 1:
         dist.barrier()  # a process that left early would bring the others down
         dist.destroy_process_group()
+    if step < recipe.steps and stop != IN_TIME:
+        raise Interrupted(
+            f"{recipe.name} stopped at step {step} of {recipe.steps}, kept in {file}: the same command goes on from here",
+            128 + int(stop),
+        )
     return done
+
+
+def _facts(
+    recipe: Recipe, feed: feeds.Feed, learner: Any, records: list[dict[str, Any]], flop: float, peak: float
+) -> dict[str, Any]:
+    """What the card says of a finished run beside its scores."""
+    spent = records[-1]["seconds"] - sum(r["watching"] for r in records)
+    rate = recipe.steps * recipe.batch / max(spent, 1e-9)  # of the whole run, however often it was interrupted
+    facts: dict[str, Any] = {
+        "images_per_second": rate,
+        "utilisation": rate * flop / peak,
+        "gflop_per_image": flop / 1e9,
+    }
+    if isinstance(feed, feeds.PictureFeed):
+        facts["images"] = {"trained": feed.trained, "fingerprint": feed.fingerprint}
+    return facts
+
+
+def _scored(recipe: Recipe, feed: feeds.Feed, learner: Any, target: torch.device) -> dict[str, Any]:
+    """Scores that a finished network may have, trained and untrained; why some are left out."""
+    fresh = objectives.learner(recipe, feed).to(target)
+    facts: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for name, net in (("linear", learner.published), ("linear_untrained", fresh.published)):
+        facts[name], why = scores.final(snapshot(recipe, net.eval()), feed)
+        missing |= why
+    for score in missing:  # a trained score says little without its untrained one
+        for name in ("linear", "linear_untrained"):
+            facts[name].pop(score, None)
+    return facts | ({"left_out": missing} if missing else {})
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM as a wish that the loop reads between steps; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal that came, 0 before
+        there = threading.current_thread() is threading.main_thread()  # Python hears signals nowhere else
+        self.former = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if there}
+        for n in self.former:
+            signal.signal(n, self._hear)
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
+        self.close()
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for n, former in self.former.items():
+            signal.signal(n, former if former is not None else signal.SIG_DFL)
+        self.former = {}
 
 
 class _Watch:
@@ -260,8 +317,11 @@ def _named(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _flag(value: bool, device: torch.device) -> torch.Tensor:
-    return torch.tensor(float(value), device=device)
+def _most(value: float, device: torch.device) -> float:
+    """The largest of a number over all processes."""
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.item()
 
 
 def _sum(value: torch.Tensor) -> float:
@@ -294,13 +354,28 @@ _Progress = tuple[
 ]  # step, records, seconds, sum of losses since the last look, their number
 
 
+def _differences(kept: dict[str, Any], asked: dict[str, Any]) -> str:
+    """How two stamps differ, in words."""
+    names = [k for k in sorted(kept.keys() | asked.keys()) if kept.get(k) != asked.get(k)]
+    said = [
+        f"other {'number of ' if k == 'pictures' else ''}images"
+        if k in ("data", "pictures")
+        else f"{k} {kept.get(k)}, not {asked.get(k)}"
+        for k in sorted(names, key=lambda k: (k == "name", k))
+    ]
+    return "; ".join(said[:3]) + ("; …" if len(said) > 3 else "")
+
+
 def _resume(stamp: str, file: Path, learner: nn.Module, optimizer: Any) -> _Progress:
     if not file.exists():
         return 0, [], 0.0, 0.0, 0
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["recipe"] != stamp:
-            raise Problem(f"{file} belongs to another recipe: choose another folder, or delete it to start anew")
+            what = _differences(json.loads(state["recipe"]), json.loads(stamp))
+            raise Problem(
+                f"{file} belongs to another recipe ({what}): choose another folder, or start anew with --restart"
+            )
         learner.load_state_dict(state["learner"])
         optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["records"], state["seconds"], state["total"], state["seen"]

@@ -275,10 +275,13 @@ def parse(base: Recipe, settings: Sequence[str]) -> Recipe:
         if name not in kinds:
             raise unknown("recipe setting", name, kinds)
         changes[name] = _value(name, kinds[name], text)
-    names = "".join(
-        f"-{_SHORT.get(k, k)}{str(v).replace('/', '_')}" for k, v in changes.items() if v != base.facts()[k]
-    )
+    names = "".join(suffix(k, v) for k, v in changes.items() if v != base.facts()[k])
     return base.override(**changes, name=base.name + names)
+
+
+def suffix(name: str, value: Any) -> str:
+    """What a changed setting adds to the name of a recipe: name of the setting, its value → text."""
+    return f"-{_SHORT.get(name, name)}{str(value).replace('/', '_')}"
 
 
 _SHORT = {"registers": "reg"}

@@ -1,11 +1,12 @@
 """The recipes by name, each with its price and its expected score, and the runs still wanted, most informative first."""
 
 import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from vitregs.pretrain.recipe import Clip, Dino, DinoV2, Mae, Recipe, Supervised, parse
-from vitregs.problems import unknown
+from vitregs.pretrain.recipe import Clip, Dino, DinoV2, Mae, Recipe, Supervised, parse, suffix
+from vitregs.problems import Problem, unknown
 from vitregs.scenes import Difficulty
 
 REDUNDANT = Difficulty(objects=(1, 3), radius=0.2, backgrounds=("flat", "gradient", "noise"))  # most patches repeat
@@ -133,6 +134,35 @@ def recipe(name: str) -> Recipe:
         raise unknown("recipe", name, RECIPES)
     changes = {k: int(v) for k, v in (("registers", registers), ("seed", seed)) if v is not None}
     return RECIPES[base].override(name=name, **changes)
+
+
+def command(chosen: Recipe) -> str | None:
+    """The command that trains a recipe again, with its images and every changed setting: recipe → words for a shell.
+
+    None for a recipe that no command gives (made in Python, with a name or a difficulty of its own).
+    """
+    parts = chosen.name.split("-")
+    for cut in range(len(parts), 0, -1):
+        try:
+            base = recipe("-".join(parts[:cut]))
+        except Problem:
+            continue
+        known, wanted = base.facts(), chosen.facts()
+        changed = [k for k in wanted if k not in ("name", "data") and known.get(k) != wanted[k]]
+        changed.sort(key=lambda k: chosen.name.find(suffix(k, wanted[k])))  # their order is part of the name
+        settings = [f"{k}={_word(wanted[k])}" for k in changed]
+        images = [] if chosen.data == base.data else ["--images", chosen.data]
+        try:
+            same = parse(base, settings).override(data=chosen.data) == chosen
+        except Problem:  # a setting that has no word
+            return None
+        return shlex.join(["vitregs", "train", base.name, *settings, *images]) if same else None
+    return None
+
+
+def _word(value: Any) -> str:
+    """A setting as `parse` reads it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)

@@ -211,5 +211,5 @@ def probe(
     return (
         xr.concat([places, seen], "quantity", data_vars="minimal")
         .assign_coords(model=backbone.name)
-        .assign_attrs(marked=words)
+        .assign_attrs(marked=words, positions=states.sizes["token"])
     )
