@@ -30,7 +30,8 @@ Look = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], None]  # la
 
 PROJECTIONS = ("query", "key", "value")
 PRECISIONS = ("float32", "bfloat16")
-QUERIES = 64  # random queries an image, from which attention received is estimated where it need not be exact
+QUERIES = 128  # random queries an image to estimate attention received from: on DeiT-Tiny at 448 px, sinks of 12 fair
+# shares and more come out within 6 % in the mean over 8 images, sinks of 10 shares up to 17 % too low
 _FULL = re.compile("out of memory|not enough memory|allocate memory|bad_alloc", re.IGNORECASE)
 
 
@@ -164,18 +165,16 @@ def received_estimated(
     the patch), the other measures it, then the other way round. Either measures without bias what the other chose; this
     lies below the true largest where the choice was wrong, never above it on average.
     """
-    part = rows(q, k, mask, scale, which)
-    n, heads, count, tokens = part.shape
-    half = part.view(n, heads, 2, count // 2, tokens) * tokens
-    mean = half.mean(3)  # (n, heads, 2, tokens)
-    variance = half.var(3) / (count // 2) * (1 - count / q.shape[-2])  # drawn without putting back
-    head = mean.argmax(1, keepdim=True).flip(2)  # chosen by the other half
-    value, noise = (x.gather(1, head)[:, 0] for x in (mean, variance))  # (n, 2, tokens)
-    top = value.new_zeros(n, 2, 1)
-    flat = [x[..., prefix:].transpose(1, 2).flatten(2) for x in (mean, variance)]  # (n, 2, heads x patches)
-    chosen = flat[0].argmax(-1, keepdim=True).flip(1)
-    top, top_noise = (x.gather(2, chosen) for x in flat)
-    value, noise = torch.cat([value, top], 2).mean(1), torch.cat([noise, top_noise], 2).sum(1)
+    halves = [rows(q, k, mask, scale, half) * k.shape[-2] for half in which.chunk(2, 1)]
+    mean = torch.stack([half.mean(2) for half in halves], 1)  # (n, 2, heads, tokens)
+    share = 1 - which.shape[1] / q.shape[-2]  # drawn without putting back
+    variance = torch.stack([half.var(2) * (share / half.shape[2]) for half in halves], 1)
+    safe = mean - variance.sqrt()  # a token that one query looks at is no sink
+    head = safe.argmax(2, keepdim=True).flip(1)  # chosen by the other half
+    value, noise = (x.gather(2, head)[:, :, 0] for x in (mean, variance))  # (n, 2, tokens)
+    top = safe[..., prefix:].flatten(2).argmax(-1, keepdim=True).flip(1)
+    most, most_noise = (x[..., prefix:].flatten(2).gather(2, top) for x in (mean, variance))
+    value, noise = torch.cat([value, most], 2).mean(1), torch.cat([noise, most_noise], 2).sum(1)
     return value, noise.sqrt() / 2
 
 

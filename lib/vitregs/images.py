@@ -206,14 +206,12 @@ class Images:
     def background(self, grid: tuple[int, int]) -> np.ndarray | None:
         """Share of background (mask 0) in every patch of a grid (rows, columns): → (pictures, patches) in [0, 1], or None if not
         all pictures have masks."""
-        (rows, columns), (height, width) = grid, self.size
         shares = []
         for batch in self.batches():
             for mask in batch.masks:
                 if mask is None:
                     return None
-                cut = (mask == 0).reshape(rows, height // rows, columns, width // columns)
-                shares.append(cut.mean((1, 3)).ravel())
+                shares.append(background_share(mask, grid))
         return np.stack(shares)
 
     def _scenes(self, batch: int) -> Iterator[Batch]:
@@ -242,6 +240,12 @@ class Images:
         moved = np.clip(moved, 0, np.tile(self.size, 2)).astype(np.float32)
         moved = moved[(moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])]
         return item.name, array, item.label, moved, labels
+
+
+def background_share(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Share of background (mask 0) in every patch of a grid (rows, columns): mask (H, W) → (patches,) in [0, 1]."""
+    (rows, columns), (height, width) = grid, mask.shape
+    return (mask == 0).reshape(rows, height // rows, columns, width // columns).mean((1, 3)).ravel()
 
 
 def _open(data: bytes | Path) -> Image.Image:
