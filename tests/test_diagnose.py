@@ -16,7 +16,7 @@ from vitregs.diagnose import Diagnosis, diagnose
 from vitregs.problems import Problem
 
 SIDE, PICTURES, LAYER = 96, 60, 2
-COLUMNS = ["layer", "median", "largest", "top1", "cutoff", "share", "separation", "ratio", "sink"]
+COLUMNS = ["layer", "median", "largest", "top1", "cutoff", "share", "separation", "ratio", "sink", "sink_error"]
 
 
 def small(name: str = "vit_tiny_patch16_224", **options: object) -> Backbone:
@@ -168,7 +168,7 @@ def test_pictures_that_are_not_square(tmp_path: Path, size: tuple[int, int]):
 @pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("broken", ["00.png", "59.png", "30.png"])
 def test_all_skipped_pictures_are_reported(tmp_path: Path, broken: str):
-    """Wherever they come in the order: the pictures are read twice, the second time not to the end."""
+    """Wherever they come in the order."""
     paint(tmp_path)
     (tmp_path / broken).write_bytes(b"no picture")
     found = diagnose(small(), images.load(str(tmp_path), size=SIDE), batch=4)
@@ -189,6 +189,7 @@ def test_the_batch_does_not_matter(planted: Case):
     np.testing.assert_allclose(
         again.layers.drop(columns="separation"), planted.found.layers.drop(columns="separation"), rtol=1e-2
     )
+    assert planted.found.sinks == "exact"  # 37 tokens: there is nothing to save
 
 
 def test_scenes_are_diagnosed():
@@ -219,6 +220,8 @@ def test_facts_are_json(planted: Case):
         "evidence",
         "rule",
         "skipped",
+        "sinks",
+        "notes",
         "layers",
     }
     assert again["verdict"] == "artifacts"

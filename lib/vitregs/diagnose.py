@@ -12,7 +12,7 @@ from vitregs.backbones import Backbone
 from vitregs.images import Images
 
 _SHOWN = 3  # pictures in the plot
-_SINK_PICTURES = 32  # attention of all queries is costly: a few pictures tell
+_EXACT = "exact"
 
 
 @dataclass
@@ -33,6 +33,8 @@ class Diagnosis:
     norms: xr.DataArray | None = None
     shown: np.ndarray | None = None  # the first pictures, (n, H, W, 3), and their mean CLS attention (n, rows, columns)
     attention: np.ndarray | None = None
+    sinks: str = "exact"  # how the attention sinks were measured, and what could not be, in words
+    notes: list[str] = field(default_factory=list)  # what was done to the model on the way from its file
 
     def facts(self) -> dict[str, Any]:
         """Everything but arrays, as plain values for JSON."""
@@ -42,16 +44,20 @@ class Diagnosis:
 
     def text(self) -> str:
         """The report for a person."""
-        shown = self.layers.assign(share=100 * self.layers["share"]).rename(
-            columns={
-                "median": "median norm",
-                "largest": "largest/median",
-                "top1": "top 1%/median",
-                "cutoff": "cut-off",
-                "share": "second mode %",
-                "ratio": "its ratio",
-                "sink": "attention sink",
-            }
+        shown = (
+            self.layers.assign(share=100 * self.layers["share"])
+            .drop(columns="sink_error")
+            .rename(
+                columns={
+                    "median": "median norm",
+                    "largest": "largest/median",
+                    "top1": "top 1%/median",
+                    "cutoff": "cut-off",
+                    "share": "second mode %",
+                    "ratio": "its ratio",
+                    "sink": "attention sink",
+                }
+            )
         )
         words = {
             "median norm": "{:.1f}".format,
@@ -71,26 +77,69 @@ class Diagnosis:
             "largest and top 1 % are medians over pictures; attention sink: share of attention on the most-attended patch,\n"
             f"1x is fair; cut-off: {self.rule}"
         )
+        told = [*(f"note: {note}" for note in self.notes), *([] if self.sinks == _EXACT else [self._of_sinks()])]
+        legend = "\n".join([legend, *told])
         return f"{head}\n\n{table}\n\n{legend}\n\nverdict: {self.verdict} (layer {self.layer}): {self.evidence}"
 
+    def _of_sinks(self) -> str:
+        """How the sinks were measured, with the largest error in the table."""
+        error = self.layers["sink_error"].max()
+        return f"attention sink: {self.sinks}" + ("" if np.isnan(error) else f" (standard error at most {error:.2g}x)")
 
-def diagnose(backbone: Backbone, images: Images, *, cut: float | None = None, batch: int = 16) -> Diagnosis:
-    """Look for artifacts: model, pictures, a fixed cut-off instead of the statistical rule → Diagnosis.
 
-    The layer with the strongest evidence decides, since in small ViTs middle blocks show what the last one hides.
+def diagnose(
+    backbone: Backbone,
+    images: Images,
+    *,
+    cut: float | None = None,
+    queries: int | None = capture.QUERIES,
+    batch: int = 16,
+    precision: str = "float32",
+    progress: bool | None = None,
+) -> Diagnosis:
+    """Look for artifacts, from one reading of the images and one forward pass.
+
+    The layer with the strongest evidence decides, since in small ViTs middle blocks show what the last one hides. The
+    attention sink of a layer is the mean over images of `sink` of `capture`; where the attention of a block cannot be
+    watched, it is nan and the report says why.
+
+    Args:
+        backbone: The network.
+        images: A source of images.
+        cut: A fixed cut-off on norms instead of the statistical rule.
+        queries: Random queries of each image that attention sinks are estimated from; None for all, which takes several
+            times as long.
+        batch: Images at a time.
+        precision: Of the forward pass, as in `capture`.
+        progress: Whether to show a bar with images per second; None: if standard error is a terminal.
+
+    Raises:
+        Problem: For too few images, a cut-off that is not positive, broken weights, and too little memory.
     """
-    norms = capture.norms(backbone, images, batch=batch)
-    skipped = list(images.skipped)  # the next reading of the pictures begins a new list
-    layers = artifacts.by_layer(norms, cut)
-    few = next(images.pixels(min(_SINK_PICTURES, norms.sizes["image"])))
-    sinks = artifacts.patches(capture.concentration(backbone, few, batch=batch)).max("token").mean("image")
-    layers["sink"] = [np.nan, *sinks.values]  # of the block that reads this state's predecessor
-    word, layer, why = artifacts.verdict(layers)
-    shown, attention = few[:_SHOWN], None
+    parts: list[xr.Dataset] = []
+    shown: list[np.ndarray] = []
+    maps: list[np.ndarray] = []
+    what: dict[str, Any] = {"norms": True, "received": True, "queries": queries, "partial": True}
     if backbone.has_cls:
-        rows = capture.attention(backbone, shown, queries=["cls"]).isel(layer=0, query=0).mean("head")
-        attention = results.grid(rows).values
+        what["attention"] = ["cls"]
+    how: dict[str, Any] = {"batch": batch, "precision": precision, "progress": progress}
+    for part, seen in capture.stream(backbone, images, **what, **how):
+        if (left := _SHOWN - sum(map(len, shown))) > 0:
+            shown.append(part.pixels[:left].permute(0, 2, 3, 1).numpy().copy())
+            if "attention" in seen:
+                rows = seen["attention"].isel(attention_layer=0, query=0, image=slice(left)).mean("head")
+                maps.append(results.grid(rows).values)
+        parts.append(seen.drop_vars(["received", "received_error", "attention"], errors="ignore"))
+    joined = capture.join(parts)
+    norms = joined["norms"].drop_vars("token").rename("norm")
+    layers = artifacts.by_layer(norms, cut)
+    layers["sink"] = [np.nan, *joined["sink"].mean("image").values]  # of the block that reads this state's predecessor
+    layers["sink_error"] = np.nan
+    if "sink_error" in joined:  # of a mean over images
+        layers.loc[1:, "sink_error"] = np.sqrt((joined["sink_error"].values ** 2).sum(0)) / joined.sizes["image"]
+    word, layer, why = artifacts.verdict(layers)
     rule = "two modes in log norm" if cut is None else f"fixed at {cut:g}"
+    unwatched = joined.attrs.get("unwatched")
     return Diagnosis(
         backbone.name,
         backbone.source,
@@ -102,8 +151,10 @@ def diagnose(backbone: Backbone, images: Images, *, cut: float | None = None, ba
         why,
         rule,
         layers,
-        skipped,
+        list(images.skipped),
         norms,
-        shown.permute(0, 2, 3, 1).numpy(),
-        attention,
+        np.concatenate(shown),
+        np.concatenate(maps) if maps else None,
+        joined.attrs["received"] + (f"; unknown where it cannot be watched: {unwatched}" if unwatched else ""),
+        list(getattr(backbone, "notes", [])),
     )

@@ -273,31 +273,42 @@ def study(
     """
     if projection not in ("auto", *PROJECTIONS):
         raise unknown("projection", projection, ("auto", *PROJECTIONS))
-    truth = true_boxes(images)
-    there = [any(len(t) for t in part) for part in (truth[: len(truth) // 2], truth[len(truth) // 2 :])]
-    size, device = images.size, str(backbone.device)
-    none = xr.DataArray(
-        np.full((len(biases), len(truth)), np.nan), [("bias", list(biases)), ("image", range(len(truth)))]
-    )
+    if not len(biases):
+        raise Problem("a sweep needs at least one bias")
+    truth: list[np.ndarray] = []
+    given: dict[str, Any] = {
+        "patch_size": backbone.patch_size,
+        "candidates": candidates,
+        "device": str(backbone.device),
+    }
+    ways: list[dict[str, Any]] = [{"bias": 0.0}, {"bias": "centre"}, *({"bias": b, "normalise": True} for b in biases)]
+    boxes: dict[str, list[list[xr.Dataset]]] = {which: [[] for _ in ways] for which in PROJECTIONS}
+    drawn: dict[str, list[xr.DataArray]] = {which: [] for which in PROJECTIONS}
+    for part, seen in capture.stream(backbone, images, qkv=PROJECTIONS, qkv_layers=[layer], kinds="patch"):
+        for which in PROJECTIONS:
+            features = seen["qkv"].isel(qkv_layer=0).sel(projection=which, drop=True).rename(qkv_channel="channel")
+            for kept, way in zip(boxes[which], ways, strict=True):
+                kept.append(lost(features, **given, **way)[["box", "seed"]])
+            if len(truth) < shown:
+                drawn[which].append(features.isel(image=slice(shown - len(truth))))
+        truth += part.boxes
+    there = [any(len(t) for t in half) for half in (truth[: len(truth) // 2], truth[len(truth) // 2 :])]
     parts = []
     for which in PROJECTIONS:
-        features = artifacts.patches(capture.projections(backbone, images, which=which, layer=layer))
-        given: dict[str, Any] = {"patch_size": backbone.patch_size, "candidates": candidates, "device": device}
-        swept = sweep(features, truth, biases=biases, **given)["hit"] if any(there) else none.drop_vars("image")
-        picked = (
-            best(swept) if all(there) else xr.Dataset({"bias": np.nan, "hit": swept.isel(bias=0, drop=True) * np.nan})
-        )
-        last = {"bias": float(picked["bias"]), "normalise": True} if all(there) else {"bias": 0.0}
-        settings: dict[str, dict[str, Any]] = dict(zip(RULES, ({"bias": 0.0}, {"bias": "centre"}, last), strict=True))
+        found = [xr.concat(kept, "image") for kept in boxes[which]]
+        nothing = xr.DataArray(np.full(len(truth), np.nan), dims="image", name="hit")
+        hits = [corloc(f["box"], truth, size=images.size)["hit"] if any(there) else nothing for f in found]
+        swept = xr.concat(hits[2:], "bias").assign_coords(bias=np.asarray(biases, float))
+        picked = best(swept) if all(there) else xr.Dataset({"bias": np.nan, "hit": nothing})
+        last = 2 + list(biases).index(float(picked["bias"])) if all(there) else 0
+        first = xr.concat(drawn[which], "image")
         rules = []
-        for rule, setting in settings.items():
-            found = lost(features, **given, **setting)
-            hit = corloc(found["box"], truth, size=size)["hit"] if any(there) else picked["hit"]
-            maps = found[["score", "similarity", "expansion", "mask"]].isel(image=slice(shown)).rename(image="drawn")
-            hit = picked["hit"] if rule == "best" else hit
-            rules.append(maps.assign(box=found["box"], seed=found["seed"], hit=hit))
-        part = xr.concat(rules, "rule").assign_coords(rule=list(RULES))
-        parts.append(part.assign(swept=swept, chosen=picked["bias"]))
+        for rule, k in zip(RULES, (0, 1, last), strict=True):
+            maps = lost(first, **given, **ways[k])[["score", "similarity", "expansion", "mask"]]
+            hit = picked["hit"] if rule == "best" else hits[k]
+            rules.append(maps.rename(image="drawn").assign(box=found[k]["box"], seed=found[k]["seed"], hit=hit))
+        joined = xr.concat(rules, "rule").assign_coords(rule=list(RULES))
+        parts.append(joined.assign(swept=swept, chosen=picked["bias"]))
     used = preferred(backbone) if projection == "auto" else projection
     joined = xr.concat(parts, "projection", coords="minimal", compat="override")
     return joined.assign_coords(projection=list(PROJECTIONS), used=used)
@@ -338,14 +349,15 @@ def projection_norms(backbone: Backbone, images: Images, *, layer: int = -1, sha
     then the median over these pictures with its 95 % interval. Lengths are those of W LN(x) + bias, as attention sees them.
     Where no outlier mode exists the patches of the largest norms stand in.
     """
-    norms = capture.norms(backbone, images, layers=[layer]).isel(layer=0)
+    lengths: list[np.ndarray] = []
+    kept: list[xr.Dataset] = []
+    for _, seen in capture.stream(backbone, images, norms=[layer], qkv=PROJECTIONS, qkv_layers=[layer], kinds="patch"):
+        lengths.append(np.linalg.norm(seen["qkv"].isel(qkv_layer=0).values, axis=-1))  # (images, projection, patch)
+        kept.append(seen[["norms"]])
+    norms = capture.join(kept)["norms"].isel(layer=0)
     marked, what = artifacts.mark(norms, artifacts.cutoff(norms), share)
-    hot = artifacts.patches(marked).transpose("image", "token").values
-    rows = []
-    for which in PROJECTIONS:
-        states = artifacts.patches(capture.projections(backbone, images, which=which, layer=layer))
-        length = np.linalg.norm(states.transpose("image", "token", "channel").values, axis=-1)
-        rows.append(ratio_of_medians(length, hot))
+    hot = marked.transpose("image", "token").values
+    rows = [ratio_of_medians(length, hot) for length in np.concatenate(lengths).swapaxes(0, 1)]
     data = {name: ("projection", [row[i] for row in rows]) for i, name in enumerate(("ratio", "low", "high", "n"))}
     coords = {"projection": list(PROJECTIONS), "marked": what, "model": backbone.name}
     return xr.Dataset(data, coords=coords)

@@ -146,15 +146,13 @@ class Images:
         Returns:
             (images, patches) in [0, 1], nan for an image without a mask; None if no image has one.
         """
-        (rows, columns), (height, width) = grid, self.size
         shares = []
         for batch in self.batches():
             for mask in batch.masks:
                 if mask is None:
-                    shares.append(np.full(rows * columns, np.nan))
+                    shares.append(np.full(grid[0] * grid[1], np.nan))
                     continue
-                cut = (mask == 0).reshape(rows, height // rows, columns, width // columns)
-                shares.append(cut.mean((1, 3)).ravel())
+                shares.append(background_share(mask, grid))
         found = np.stack(shares)
         return None if np.isnan(found).all() else found
 
@@ -255,6 +253,12 @@ class Images:
     def _leave(self, item: Item) -> None:
         if item.name not in self.unused:
             self.unused.append(item.name)
+
+
+def background_share(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Share of background (mask 0) in every patch of a grid (rows, columns): mask (H, W) → (patches,) in [0, 1]."""
+    (rows, columns), (height, width) = grid, mask.shape
+    return (mask == 0).reshape(rows, height // rows, columns, width // columns).mean((1, 3)).ravel()
 
 
 def load(

@@ -5,6 +5,7 @@ on each group.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from vitregs import artifacts, capture
 from vitregs.backbones import Backbone
-from vitregs.images import Images
+from vitregs.images import Images, background_share
 from vitregs.probes import logistic
 from vitregs.problems import Problem
 
@@ -202,14 +203,25 @@ def probe(
     """Positions and pixels from the patch tokens of pictures: backbone, pictures → Dataset[quantity, group] of `locate` and
     `reconstruct`; the attribute `marked` says what stands for outliers, which are those of `artifacts.mark_each` at the layer.
     """
-    norms = capture.norms(backbone, images, layers=[layer], batch=batch).isel(layer=0)
+    grid = backbone.grid(images.size)
+    found: list[xr.Dataset] = []
+    cells: list[Tensor] = []
+    masks: list[np.ndarray | None] = []
+    what: Any = {"norms": [layer], "tokens": [layer], "final_norm": final_norm, "kinds": "patch"}
+    for part, seen in capture.stream(backbone, images, batch=batch, **what):
+        found.append(seen)
+        cells.append(cut(backbone, part.pixels))
+        masks += [None if mask is None else background_share(mask, grid) for mask in part.masks]
+    joined = capture.join(found)
+    norms, states = joined["norms"].isel(layer=0), joined["tokens"].isel(tokens_layer=0)
     marked, words = artifacts.mark_each(norms, artifacts.cutoff(norms), missing)
-    ground = images.background(backbone.grid(images.size))
-    states = capture.tokens(backbone, images, layer=layer, final_norm=final_norm, batch=batch)
+    bare = np.full(states.sizes["token"], np.nan)  # nan is not "on an object"
+    known = any(mask is not None for mask in masks)
+    ground = np.stack([bare if mask is None else mask for mask in masks]) if known else None
     places = locate(states, marked, ground, own=own)
-    seen = reconstruct(states, pixels(backbone, images, batch), marked, ground, own=own)
+    pictured = reconstruct(states, torch.cat(cells).numpy(), marked, ground, own=own)
     return (
-        xr.concat([places, seen], "quantity", data_vars="minimal")
+        xr.concat([places, pictured], "quantity", data_vars="minimal")
         .assign_coords(model=backbone.name)
         .assign_attrs(marked=words, positions=states.sizes["token"])
     )
