@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from vitregs import chapters, results
+from vitregs import backbones, chapters, results
 
 CHAPTERS = chapters.names()
 CONFIG = Path(__file__).parent / "nbval.cfg"
@@ -190,6 +190,34 @@ def test_no_plumbing(chapter: str) -> None:
         assert {n.split(".")[0] for n in names} <= allowed, cell.id
         assert "hook" not in cell.source
         assert not cell.source.startswith(("%", "!"))
+
+
+@each
+def test_text_on_our_own_networks_is_marked(chapter: str) -> None:
+    """Runs on other networks leave it out; exercises are asked of any network, and may name one of ours."""
+    names = re.compile(
+        r"`(" + "|".join(map(re.escape, backbones.zoo())) + r")`|neither of ours|none of ours|\b[Oo]f ours\b"
+    )
+    marked = [c for c in read(chapter).cells if "defaults" in tags(c)]
+    plain = [c for c in read(chapter).cells if c.cell_type == "markdown" and "defaults" not in tags(c)]
+    assert marked
+    assert [c.id for c in marked if c.cell_type != "markdown"] == []
+    assert [c.id for c in plain if names.search(c.source) and not {"exercise", "solution"} & set(tags(c))] == []
+    assert [c.id for c in plain if re.search(r"\*\*(Agrees|Does not|Weak|Surprises)\.", c.source)] == []
+
+
+@each
+def test_measurements_are_named(chapter: str) -> None:
+    """A stored result is kept by the name of a function: `run.measure("name", module.function, …)`."""
+    calls = [n for c in code(chapter) for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.Call)]
+    calls = [n for n in calls if ast.unparse(n.func) == "run.measure"]
+    assert bool(calls) == (chapter in MODELS)
+    for call in calls:
+        assert re.fullmatch(r"[a-z_]+", ast.literal_eval(call.args[0]))
+        assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", ast.unparse(call.args[1]))
+        assert len(call.args) == 2
+    names = [ast.literal_eval(call.args[0]) for call in calls]
+    assert len(set(names)) == len(names)
 
 
 # --- stored outputs
