@@ -348,6 +348,9 @@ def test_a_published_model_on_real_pictures(chapter: str, shared_data: Path, tmp
     }
     made = chapters.execute(chapter, values, tmp_path / "out.ipynb", tmp_path / "results")
     found = outputs(made)
+    ours = [c.source for c in nbformat.read(made, as_version=4).cells if "defaults" in tags(c)]
+    assert ours
+    assert [text for text in ours if "This run differs in `models`, `weights`, `images`, `count`" not in text] == []
     assert [o for o in found if o.output_type == "error"] == []
     assert [o.text for o in found if o.output_type == "stream" and o.name == "stderr"] == []
     assert sum("image/png" in o.get("data", {}) for o in found) == sum("mystnb" in c.metadata for c in code(chapter))

@@ -299,9 +299,9 @@ def _kept(measure: Callable[[], Measured]) -> xr.Dataset:
     return found if isinstance(found, xr.Dataset) else found.to_dataset(name="value")
 
 
-def _check_function(function: Any, keywords: Mapping[str, Any]) -> None:
+def _check_function(function: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
     """Raise Problem unless the name of a function and its keywords say all that it does: no lambda, closure or partial."""
-    name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", "")
+    name, module = str(getattr(function, "__qualname__", "")), str(getattr(function, "__module__", ""))
     if not inspect.isfunction(function):
         what = name or type(function).__name__
         raise Problem(

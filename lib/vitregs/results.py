@@ -81,9 +81,11 @@ def _says(node: Any) -> Any:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
         fields["body"] = fields["body"][1:]
     if isinstance(node, ast.JoinedStr):  # 3.12 and others cut an f-string into pieces of their own
-        texts = [getattr(part, "value", None) if isinstance(part, ast.Constant) else part for part in node.values]
+        texts = [part.value if isinstance(part, ast.Constant) else part for part in node.values]
         runs = [(kind, list(run)) for kind, run in groupby(texts, lambda part: isinstance(part, str))]
-        fields["values"] = [part for kind, run in runs for part in (["".join(run)] if kind else run) if part != ""]
+        fields["values"] = [
+            part for kind, run in runs for part in (["".join(map(str, run))] if kind else run) if part != ""
+        ]
     return [type(node).__name__, {name: _says(value) for name, value in fields.items()}]
 
 
