@@ -46,7 +46,10 @@ lint: | $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Stored results name the commit they come from, so nothing that they depend on may differ from it.
 notebooks: | $(VENV)/ready
+	@changed=$$(git status --porcelain -- lib notebooks data) || { echo "make notebooks needs the git repository of the book"; exit 1; }; \
+	test -z "$$changed" || { echo "Commit or stash first: stored results must come from a committed state, and these differ:" $$changed; exit 1; }
 	@for chapter in $(CHAPTERS); do echo "Refreshing $$chapter"; $(BIN)/vitregs run $$chapter --out notebooks/$$chapter.ipynb --results data/results || exit 1; done
 
 benchmarks: | $(VENV)/ready

@@ -1,7 +1,7 @@
 """Chapters as programs: parameters read and checked, names completed, measurements kept for what they depend on."""
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -11,7 +11,7 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitregs import backbones, capture, chapters, results, scenes
+from vitregs import backbones, capture, chapters, outliers, results, scenes
 from vitregs.backbones import Backbone
 from vitregs.chapters import Parameter, Run
 from vitregs.images import Images
@@ -121,6 +121,8 @@ loud: bool = False  # whether to print
         (str, "", None, "x takes str, not None"),
         (str, "{red, green}", "gren", "unknown x 'gren': did you mean 'green'"),
         (list, "", "a", "x takes list, not 'a'"),
+        (list, "", "(1, 2)", "x takes list, not '(1, 2)': papermill turns a tuple into text, give it a list"),
+        (list, "", "('a',)", "papermill turns a tuple into text"),
     ],
 )
 def test_values_that_do_not_fit(kind: type, help_: str, value: object, says: str) -> None:
@@ -252,6 +254,91 @@ def test_tidy_keeps_what_is_read_and_drops_the_rest() -> None:
     assert chapters.tidy(text) == text
 
 
+# --- what the book says of its own networks
+
+
+def test_what_differs_from_the_book() -> None:
+    known = {n: p.default for n, p in chapters.parameters("14_train_your_own").items()}
+    assert chapters.changed("14_train_your_own", known) == []
+    assert chapters.changed("14_train_your_own", known | {"device": "cpu", "out": "kept"}) == []
+    assert chapters.changed("14_train_your_own", {"layer": 3, "images": "folder", "every": known["every"]}) == [
+        "layer",
+        "images",
+    ]
+
+
+def test_text_on_the_book_s_own_networks_is_left_out_of_another_run() -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell("# A chapter\n\nSays what to look for."),
+        nbformat.v4.new_markdown_cell(
+            "## What came out\n\n**Agrees.** `mae-pico`\n\n### More\n\nOurs.", metadata={"tags": ["defaults"]}
+        ),
+        nbformat.v4.new_code_cell("ours = 1", metadata={"tags": ["defaults"]}),
+        nbformat.v4.new_markdown_cell("Ours are small.", metadata={"tags": ["solution", "defaults"]}),
+    ]
+    text = chapters.tidy(nbformat.writes(nbformat.v4.new_notebook(cells=cells)))
+    assert chapters.without_defaults(text, []) == text
+    left = nbformat.reads(chapters.without_defaults(text, ["models", "count"]), as_version=4)
+    nbformat.validate(left)
+    line = (
+        "*What the book says here is about its own networks and images. This run differs in `models`, `count`, "
+        "so it is left out.*"
+    )
+    assert [c.source for c in left.cells] == [
+        cells[0].source,
+        f"## What came out\n\n### More\n\n{line}",
+        "ours = 1",
+        line,
+    ]
+    again = chapters.without_defaults(nbformat.writes(left), ["models", "count"])
+    assert [c.source for c in nbformat.reads(again, as_version=4).cells] == [c.source for c in left.cells]
+
+
+# --- plain papermill
+
+
+@pytest.fixture
+def papermill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the first cells of chapter 2, up to its check of the parameters, through papermill itself."""
+    import papermill
+
+    book = nbformat.read(chapters.NOTEBOOKS / "02_norms.ipynb", as_version=4)
+    code = [c for c in book.cells if c.cell_type == "code"][:2]
+    code[1].source = code[1].source.split("norms = run.measure")[0] + "print('went on')"
+    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=book.metadata), tmp_path / "in.ipynb")
+    monkeypatch.setenv("VITREGS_RESULTS", str(tmp_path / "results"))
+
+    def run(**values: object) -> list:
+        made = papermill.execute_notebook(
+            str(tmp_path / "in.ipynb"), None, values, kernel_name="python3", progress_bar=False
+        )
+        return [o for c in made.cells for o in c.outputs]
+
+    def fails(**values: object) -> str:
+        with pytest.raises(papermill.PapermillExecutionError) as caught:
+            run(**values)
+        assert caught.value.ename == "Problem"
+        return caught.value.evalue
+
+    return run, fails
+
+
+def test_plain_papermill_says_that_this_is_another_run(papermill) -> None:
+    run, _ = papermill
+    note, said = run(count=2, device="cpu")
+    assert note["data"]["text/markdown"] == note["data"]["text/plain"]
+    assert note["data"]["text/plain"].startswith("**Not the run of the book**: it differs in `count`.")
+    assert said["text"] == "went on\n"
+    (said,) = run(device="cpu")  # at the defaults a page holds what it always held
+    assert said["text"] == "went on\n"
+
+
+def test_plain_papermill_refuses_names_that_nobody_reads(papermill) -> None:
+    _, fails = papermill
+    assert fails(cuont=32) == "unknown parameter of 02_norms 'cuont': did you mean 'count'?"
+    assert "papermill turns a tuple into text, give it a list" in fails(models=(PICO, PICO4))
+
+
 # --- a chapter at work
 
 
@@ -262,47 +349,117 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "results"
 
 
-def meter(**how: object) -> tuple[Callable[[Backbone, Images], xr.DataArray], list[str]]:
-    """A measurement, the same words whatever it is asked for, and the list of the models it was made of."""
-    made: list[str] = []
+MADE: list[str] = []  # models that were measured, one after the other
 
-    def norms(backbone: Backbone, source: Images) -> xr.DataArray:
-        made.append(backbone.name)
-        return capture.norms(backbone, source, **how)
 
-    return norms, made
+def watched(backbone: Backbone, images: Images, *, layers: list[int] | None = None, times: float = 1.0) -> xr.DataArray:
+    """Norms, and a note that they were measured."""
+    MADE.append(backbone.name)
+    return times * capture.norms(backbone, images, layers=layers)
+
+
+@pytest.fixture(autouse=True)
+def nothing_made() -> None:
+    MADE.clear()
 
 
 def test_measured_once_for_the_same_question(stored: Path) -> None:
-    (norms, made), values = meter(), {"models": [PICO, PICO4], "count": 2, "device": "cpu"}
-    first = Run("02_norms", **values).measure("norms", norms)
-    again = Run("02_norms", **values).measure("norms", meter()[0])
-    assert made == list(first) == [PICO, PICO4]
+    values = {"models": [PICO, PICO4], "count": 2, "device": "cpu"}
+    first = Run("02_norms", **values).measure("norms", watched)
+    again = Run("02_norms", **values, shown=2).measure(
+        "norms", watched
+    )  # what is drawn does not decide what is measured
+    assert MADE == list(first) == [PICO, PICO4]
     assert first[PICO].sizes["image"] == 2
     for name, array in first.items():
         xr.testing.assert_identical(array.drop_attrs(), again[name].drop_attrs())
     assert sorted(p.name for p in (stored / "02_norms").iterdir()) == [f"norms.{PICO4}.nc", f"norms.{PICO}.nc"]
-    assert results.load(stored / "02_norms" / f"norms.{PICO}.nc").attrs["code"] == results.code_hash()
-    Run("02_norms", **values | {"count": 3}).measure("norms", norms)
-    Run("02_norms", **values | {"count": 3, "seed": 1}).measure("norms", norms)
-    assert made == [PICO, PICO4] * 3
+    kept = results.load(stored / "02_norms" / f"norms.{PICO}.nc").attrs
+    assert kept["code"] == results.code_hash(__name__) == json.loads(kept["key"])["code"]
+    assert json.loads(kept["key"])["function"] == "watched"
+    Run("02_norms", **values | {"count": 3}).measure("norms", watched)
+    Run("02_norms", **values | {"count": 3, "seed": 1}).measure("norms", watched)
+    Run("02_norms", **values | {"count": 3, "seed": 1, "size": 64}).measure("norms", watched)
+    assert MADE == [PICO, PICO4] * 4
 
 
-def test_measured_anew_when_a_parameter_enters_the_question(stored: Path) -> None:
-    """Chapter 4 measures the layer it is asked for: another layer must not be answered with the former's norms."""
-    values = {"models": [PICO], "count": 2, "device": "cpu"}
-    norms = [
-        Run("04_redundant_patches", **values, layer=n).measure("norms", meter(layers=[n])[0])[PICO] for n in (-1, 3, -1)
-    ]
-    assert [int(a.layer[0]) for a in norms] == [8, 3, 8]
-    xr.testing.assert_equal(norms[0], norms[2])
-
-
-def test_measured_anew_when_the_function_is_rewritten(stored: Path) -> None:
+def test_measured_anew_for_other_keywords(stored: Path) -> None:
+    """A keyword that changes is another question: it must not be answered with the former's norms."""
     run = Run("02_norms", models=[PICO], count=2, device="cpu")
-    one = run.measure("norms", lambda b, p: capture.norms(b, p))[PICO]
-    two = run.measure("norms", lambda b, p: 2 * capture.norms(b, p))[PICO]
-    assert np.allclose(two, 2 * one)
+    norms = [run.measure("norms", watched, layers=[n])[PICO] for n in (-1, 3, -1, -1)]
+    assert [int(a.layer[0]) for a in norms] == [8, 3, 8, 8]
+    xr.testing.assert_equal(norms[0], norms[2])
+    assert len(MADE) == 3
+    found = [run.measure("norms", watched, times=level)[PICO] for level in (1.0, 2.0)]
+    assert np.allclose(found[1], 2 * found[0])
+
+
+def test_measured_anew_by_another_function_or_code(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("02_norms", models=[PICO], count=2, device="cpu")
+    one = run.measure("norms", capture.norms)[PICO]
+    two = run.measure("norms", outliers.norms_at)[PICO]
+    assert (one.dims, two.dims) == (("image", "layer", "token"), ("image", "token"))
+    run.measure("norms", watched)
+    run.measure("norms", watched)
+    monkeypatch.setattr(results, "code_hash", lambda module=None: f"other code of {module}")
+    run.measure("norms", watched)
+    assert len(MADE) == 2
+
+
+def test_only_named_functions_measure(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("02_norms", models=[PICO], count=2, device="cpu")
+    level = 2.0
+
+    def closed(backbone: Backbone, images: Images) -> xr.DataArray:
+        return level * capture.norms(backbone, images)
+
+    for function, name in (
+        (lambda b, p: level * capture.norms(b, p), "<lambda>"),
+        (closed, "closed"),
+    ):
+        says = problem(run.measure, "norms", function)
+        assert f"measure takes a function of a module, not {name}," in says
+        assert "put it into a file of the library, and pass what varies as keywords of measure" in says
+    for function, name in (
+        (partial(watched, times=2.0), "partial"),
+        (Counted().norms, "Counted.norms"),
+        (Counted, "Counted"),
+        (len, "len"),
+    ):
+        says = problem(run.measure, "norms", function)
+        assert f"measure takes a function of a module, not {name}:" in says
+        assert "pass what it is bound to as keywords of measure" in says
+    assert "not plain, which other values can change unseen" in problem(run.measure, "norms", Counted.plain)
+    monkeypatch.setattr(watched, "__module__", "__main__")
+    assert "measure takes a function of a module, not watched" in problem(run.measure, "norms", watched)
+    assert not stored.exists()
+
+
+class Counted:
+    """Holds functions that are none of a module."""
+
+    def norms(self, backbone: Backbone, images: Images) -> xr.DataArray:
+        return capture.norms(backbone, images)
+
+    @staticmethod
+    def plain(backbone: Backbone, images: Images) -> xr.DataArray:
+        return capture.norms(backbone, images)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "says"),
+    [
+        ({"layers": range(2)}, "layers of watched must be plain, so that results can be kept by it"),
+        ({"layers": [np.int64(1)]}, "layers of watched must be plain"),
+        ({"times": {1: 2}}, "times of watched must be plain"),
+        ({"times": lambda: 1}, "times of watched must be plain"),
+        ({"tims": 1}, "watched of tests.test_chapters: got an unexpected keyword argument 'tims'"),
+    ],
+)
+def test_only_plain_keywords_that_fit(stored: Path, keywords: dict, says: str) -> None:
+    run = Run("02_norms", models=[PICO], count=2, device="cpu")
+    assert says in problem(run.measure, "norms", watched, **keywords)
+    assert MADE == []
 
 
 def test_measured_anew_with_other_weights(stored: Path, tmp_path: Path) -> None:
@@ -310,11 +467,11 @@ def test_measured_anew_with_other_weights(stored: Path, tmp_path: Path) -> None:
 
     state = load_file(backbones.ZOO / PICO / "weights.safetensors")
     save_file({**state, "cls_token": state["cls_token"] + 1}, tmp_path / "w.safetensors")
-    values, (norms, made) = {"models": [PICO], "count": 2, "device": "cpu"}, meter()
-    one = Run("02_norms", **values).measure("norms", norms)[PICO]
-    two = Run("02_norms", **values, weights=[str(tmp_path / "w.safetensors")]).measure("norms", norms)[PICO]
+    values = {"models": [PICO], "count": 2, "device": "cpu"}
+    one = Run("02_norms", **values).measure("norms", watched)[PICO]
+    two = Run("02_norms", **values, weights=[str(tmp_path / "w.safetensors")]).measure("norms", watched)[PICO]
     assert not np.allclose(one, two)
-    assert made == [PICO, PICO]
+    assert MADE == [PICO, PICO]
 
 
 def test_pictures_of_a_chapter(stored: Path) -> None:
@@ -328,7 +485,7 @@ def test_pictures_of_a_chapter(stored: Path) -> None:
     corners = [(y, x) for y in range(0, 64, 8) for x in range(0, 64, 8)]
     by_hand = [[(m[y : y + 8, x : x + 8] == 0).float().mean() for y, x in corners] for m in truth.semantic]
     assert np.allclose(share, by_hand)
-    says = problem(Run("02_norms", models=[PICO], size=100, device="cpu").measure, "norms", meter()[0])
+    says = problem(Run("02_norms", models=[PICO], size=100, device="cpu").measure, "norms", watched)
     assert "the nearest that fits is 96x96" in says
 
 

@@ -290,8 +290,16 @@ def test_a_published_model_tells_real_classes(shared_data: Any) -> None:
 def test_real_sets_by_name(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "CIFAR-10").symlink_to(shared_data / "cifar10")
     backbone = backbones.load("clip-pico", device="cpu")
-    found = classes.classify_sets(
-        backbone, ["CIFAR-10"], folder=str(tmp_path), taught=60, asked=40, seeds=(0,), strengths=(1e-2, 1.0)
-    )
+    how = {"folder": str(tmp_path), "taught": 60, "asked": 40, "seeds": [0], "strengths": [1e-2, 1.0]}
+    found = classes.classify_sets(backbone, ["CIFAR-10"], **how)
+    prints = tasks.fingerprints(["CIFAR-10"], str(tmp_path))
+    assert prints == tasks.fingerprints(["CIFAR-10"], f"{tmp_path}/")
+    own = images.load(
+        "scenes", size=96, count=2
+    )  # a stored result names its images, but here the set's take their place
+    xr.testing.assert_identical(classes.classify_real(backbone, own, prints=prints, **how), found)
+    (tmp_path / "CIFAR-10").unlink()
+    (tmp_path / "CIFAR-10").symlink_to(shared_data / "imagenette-224")
+    assert tasks.fingerprints(["CIFAR-10"], str(tmp_path)) != prints
     assert found["task"].values.tolist() == ["CIFAR-10"]
     assert int(found["n"].sel(token="cls").item()) == 40

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from vitregs import chapters, results
+from vitregs import backbones, chapters, results
 
 CHAPTERS = chapters.names()
 CONFIG = Path(__file__).parent / "nbval.cfg"
@@ -192,6 +192,34 @@ def test_no_plumbing(chapter: str) -> None:
         assert not cell.source.startswith(("%", "!"))
 
 
+@each
+def test_text_on_our_own_networks_is_marked(chapter: str) -> None:
+    """Runs on other networks leave it out; exercises are asked of any network, and may name one of ours."""
+    names = re.compile(
+        r"`(" + "|".join(map(re.escape, backbones.zoo())) + r")`|neither of ours|none of ours|\b[Oo]f ours\b"
+    )
+    marked = [c for c in read(chapter).cells if "defaults" in tags(c)]
+    plain = [c for c in read(chapter).cells if c.cell_type == "markdown" and "defaults" not in tags(c)]
+    assert marked
+    assert [c.id for c in marked if c.cell_type != "markdown"] == []
+    assert [c.id for c in plain if names.search(c.source) and not {"exercise", "solution"} & set(tags(c))] == []
+    assert [c.id for c in plain if re.search(r"\*\*(Agrees|Does not|Weak|Surprises)\.", c.source)] == []
+
+
+@each
+def test_measurements_are_named(chapter: str) -> None:
+    """A stored result is kept by the name of a function: `run.measure("name", module.function, …)`."""
+    calls = [n for c in code(chapter) for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.Call)]
+    calls = [n for n in calls if ast.unparse(n.func) == "run.measure"]
+    assert bool(calls) == (chapter in MODELS)
+    for call in calls:
+        assert re.fullmatch(r"[a-z_]+", ast.literal_eval(call.args[0]))
+        assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", ast.unparse(call.args[1]))
+        assert len(call.args) == 2
+    names = [ast.literal_eval(call.args[0]) for call in calls]
+    assert len(set(names)) == len(names)
+
+
 # --- stored outputs
 
 
@@ -320,6 +348,9 @@ def test_a_published_model_on_real_pictures(chapter: str, shared_data: Path, tmp
     }
     made = chapters.execute(chapter, values, tmp_path / "out.ipynb", tmp_path / "results")
     found = outputs(made)
+    ours = [c.source for c in nbformat.read(made, as_version=4).cells if "defaults" in tags(c)]
+    assert ours
+    assert [text for text in ours if "This run differs in `models`, `weights`, `images`, `count`" not in text] == []
     assert [o for o in found if o.output_type == "error"] == []
     assert [o.text for o in found if o.output_type == "stream" and o.name == "stderr"] == []
     assert sum("image/png" in o.get("data", {}) for o in found) == sum("mystnb" in c.metadata for c in code(chapter))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,10 +131,11 @@ def test_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(results.stored(file, count, key={**KEY, "images": 5})["norm"].max()) == 2
     assert float(results.stored(file, count, key=KEY)["norm"].max()) == 3
     assert float(results.stored(file, count, key=KEY, refresh=True)["norm"].max()) == 4
-    monkeypatch.setattr(results, "code_hash", lambda: "of other code")
-    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 5
-    assert results.stored(file, count, key=KEY).attrs["code"] == "of other code"
+    assert float(results.stored(file, count, key=KEY, code="of other code")["norm"].max()) == 5
+    assert results.stored(file, count, key=KEY, code="of other code").attrs["code"] == "of other code"
     assert count.calls == 5
+    monkeypatch.setattr(results, "code_hash", lambda: "of other code")
+    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 5  # unless told, all of the library counts
 
 
 @pytest.mark.parametrize("damage", ["empty", "words", "cut", "flipped", "other netCDF"])
@@ -183,28 +185,219 @@ def test_hashes(tmp_path: Path) -> None:
     assert len(results.code_hash()) == 12
 
 
-def test_code_hash_follows_the_code(tmp_path: Path) -> None:
-    """A copy of the library elsewhere has the same hash; one changed letter gives another."""
-    package = tmp_path / "vitregs"
-    package.mkdir()
+def copy_of_the_library(folder: Path) -> Path:
+    package = folder / "vitregs"
     for file in Path(results.__file__).parent.rglob("*.py"):
         target = package / file.relative_to(Path(results.__file__).parent)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(exist_ok=True, parents=True)
         target.write_bytes(file.read_bytes())
+    return package
 
-    def ask() -> str:
-        code = "from vitregs import results; print(results.__file__, results.code_hash())"
-        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        where, found = done.stdout.split()
-        assert Path(where).parent == package
-        return found
 
-    first = ask()
-    assert first == results.code_hash.__wrapped__()
-    with (package / "scenes.py").open("a") as file:
-        file.write("#\n")
-    assert ask() != first
+def hashes_of(folder: Path, *names: str) -> dict[str, str]:
+    """Hashes of modules as a program finds them whose library is that folder; "" stands for all of the library."""
+    code = "import sys; from vitregs import results as r; print(r.__file__, *(r.code_hash(n or None) for n in sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *names]
+    env = {**os.environ, "PYTHONPATH": str(folder)}
+    where, *found = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+    assert Path(where).is_relative_to(folder)
+    return dict(zip(names, found, strict=True))
+
+
+PARTS = ("vitregs.capture", "vitregs.probes.local", "vitregs.discovery", "vitregs.draw", "")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changed"),
+    [
+        ("draw.py", "", "COLOUR = 'teal'", {"vitregs.draw", ""}),
+        ("tables.py", "", "WIDTH = 3", {""}),
+        ("probes/local.py", "", "MORE = 1", {"vitregs.probes.local", ""}),
+        ("cutoffs.py", "2.5", "2.4", {"vitregs.probes.local", "vitregs.discovery", "vitregs.draw", ""}),
+        ("shapes.py", "", "MORE = 1", {"vitregs.probes.local", "vitregs.discovery", "vitregs.draw", ""}),  # far away
+        ("shapes.py", "", "# a remark", set()),
+        ("capture.py", '"""', '"""Reworded. ', set()),
+    ],
+)
+def test_code_hash_follows_what_measures(tmp_path: Path, file: str, old: str, new: str, changed: set[str]) -> None:
+    """A copy of the library elsewhere has the same hashes; a change is seen where it is imported, and nowhere else."""
+    package = copy_of_the_library(tmp_path)
+    first = {name: results.code_hash(name or None) for name in PARTS}
+    text = (package / file).read_text()
+    assert old in text
+    (package / file).write_text(text.replace(old, new, 1) if old else f"{text}\n{new}\n")
+    second = hashes_of(tmp_path, *PARTS)
+    assert {name for name in PARTS if first[name] != second[name]} == changed
+
+
+def test_code_hash_follows_imports_of_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "__init__.py": "from house.loud import shout",  # runs on the way to any part, and is no part of it
+        "a.py": "from house import b\nfrom house.c import x\nimport house.d\n"
+        "def f():\n    from .e import y\n    import house.g as g",
+        "b.py": "from . import rooms",
+        "c.py": "x = 1",
+        "d.py": "import house.a",  # in a circle
+        "e.py": "from .rooms.inner import z",
+        "g.py": "import json, numpy",
+        "loud.py": "shout = 1",
+        "rooms/__init__.py": "from house.rooms.other import v",
+        "rooms/inner.py": "z = 1",
+        "rooms/other.py": "v = 1",
+        "h.py": "from house import shout",
+    }
+    for name, text in files.items():
+        (tmp_path / "house" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "house" / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def ask(module: str) -> str:
+        for cached in (results.code_hash, results._file_of, results.source_hash):
+            cached.cache_clear()
+        return results.code_hash(module)
+
+    first = {m: ask(m) for m in ("house.a", "house.h", "house.c")}
+    moved = {}
+    for name, text in files.items():
+        (tmp_path / "house" / name).write_text(text + "\nnew = 2\n")
+        moved[name] = {m for m in first if ask(m) != first[m]}
+        (tmp_path / "house" / name).write_text(text)
+    everything = {"b.py", "d.py", "e.py", "g.py", "rooms/__init__.py", "rooms/inner.py", "rooms/other.py", "a.py"}
+    assert {n for n, m in moved.items() if "house.a" in m} == everything | {"c.py"}
+    assert {n for n, m in moved.items() if "house.h" in m} == {"h.py", "__init__.py", "loud.py"}
+    assert {n for n, m in moved.items() if "house.c" in m} == {"c.py"}
+    assert "module house.none has no source" in problem(ask, "house.none")
+    assert "has no source" in problem(ask, "math")
+
+
+ONE = '''
+"""Says what it does."""
+import a
+class C(B, metaclass=M):
+    "and again"
+    x: int = 1
+    def f(self, a, /, b=1, *c, d, e=2, **g) -> None:
+        """one"""
+        return f"{a=} {b!r:>{e}}{{}} é{d:%Y}{g:}" "tail" + 'x' if not c else None
+async def h():
+    async with a as b, c: yield [i async for i in b if i]
+    match b:
+        case {"k": [1, *_]} | None: return
+try: 1j, b"x", ...
+except* E: raise
+'''
+OTHER = '''# a remark
+import a
+
+
+class C(B,
+        metaclass=M):
+    x: int = 1  # how many
+
+    def f(self, a, /, b=1, *c, d, e=2, **g) -> None:
+        return (
+            f"{a=} {b!r:>{e}}{{}} é{d:%Y}{g:}tail" + "x" if not c else None)
+
+
+async def h():
+    """other"""
+    async with a as b, c:
+        yield [i async for i in b if i]
+    match b:
+        case {'k': [1, *_]} | None:
+            return
+try:
+    1j, b'x', ...
+except* E:
+    raise
+'''
+
+
+def test_source_hash_is_of_what_the_code_does() -> None:
+    """The number is pinned: every version of Python must find it, or results stored on one are measured anew on another."""
+    assert results.source_hash(ONE) == results.source_hash(OTHER)
+    assert results.source_hash(ONE)[:12] == "5c487a18b0e1"
+    others = [ONE.replace(*p) for p in (("b=1", "b=2"), ("é", "e"), ("tail", "tale"), ("None:", "0:"), ("/, ", ""))]
+    assert len({results.source_hash(text) for text in [ONE, *others]}) == 6
+    for a, b in (("f(x=None)", "f(x=False)"), ("x = 1", "x = 1.0"), ("x = '1'", "x = 1"), ("a\nb", "b\na")):
+        assert results.source_hash(a) != results.source_hash(b)
+
+
+# --- what the repository holds
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in (results.ROOT / "data" / "results").iterdir() if p.is_dir()))
+def test_stored_results_come_from_a_committed_state(folder: str) -> None:
+    """Each names a commit without further changes, which is one of this history: make notebooks."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(results.ROOT), *words], capture_output=True, text=True, check=False)
+
+    files = sorted((results.ROOT / "data" / "results" / folder).rglob("*.nc"))
+    assert files
+    commits = {p.relative_to(results.ROOT).as_posix(): results.load(p).attrs["commit"] for p in files}
+    assert {n: c for n, c in commits.items() if not re.fullmatch("[0-9a-f]{12}", c)} == {}
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() == "false":  # else the history is not all here
+        known = {c for c in set(commits.values()) if git("merge-base", "--is-ancestor", c, "HEAD").returncode == 0}
+        assert {n: c for n, c in commits.items() if c not in known} == {}
+
+
+@pytest.mark.parametrize("change", ["lib/vitregs/new.py", "data/zoo/x", "data/paper/claims.csv", "notebooks/a.ipynb"])
+def test_a_changed_tree_is_told(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What measures counts; notebooks are written one after the other while their results are stored."""
+
+    def git(*words: str) -> None:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *names, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def told() -> str:
+        results._commit.cache_clear()
+        return results.provenance()["commit"]
+
+    for folder in ("lib/vitregs", "data/zoo", "data/paper", "notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "kept").write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    try:
+        assert re.fullmatch("[0-9a-f]{12}", told())
+        (tmp_path / change).write_text("2")
+        assert told().endswith("+changes") != change.startswith("notebooks")
+    finally:
+        results._commit.cache_clear()
+
+
+def test_make_notebooks_asks_for_a_committed_state(tmp_path: Path) -> None:
+    """The rule of the Makefile stops before the first chapter, in one line that names what differs."""
+    (tmp_path / "Makefile").write_text((results.ROOT / "Makefile").read_text())
+    for folder in ("lib/vitregs", "notebooks", "data/paper", "data/zoo", ".venv"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt", "notebooks/01_a.ipynb"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".venv" / "ready").write_text("")
+
+    def make() -> tuple[int, list[str]]:
+        command = ["make", "--no-print-directory", "notebooks"]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "GIT_"))}
+        environment["GIT_CEILING_DIRECTORIES"] = str(tmp_path.parent)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines()
+
+    status, says = make()
+    assert status != 0
+    assert says == ["make notebooks needs the git repository of the book"]
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    status, says = make()
+    assert status != 0
+    assert says == [
+        "Commit or stash first: stored results must come from a committed state, and these differ: ?? notebooks/"
+    ]
+    subprocess.run(["git", "add", "notebooks"], cwd=tmp_path, check=True)
+    names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *names, "commit", "-q", "-m", "first"], cwd=tmp_path, check=True)
+    assert "Refreshing 01_a" in make()[1]  # and fails there, as there is no program
 
 
 # --- whole or not at all

@@ -10,8 +10,9 @@ import io
 import json
 import os
 import re
+import sys
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -60,6 +61,8 @@ class Parameter:
         wrong = Problem(f"{self.name} takes {self.type.__name__}, not {value!r}")
         if self.type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if self.type is list and isinstance(value, str) and re.fullmatch(r"\(.*\)", value.strip()):
+            raise Problem(f"{self.name} takes list, not {value!r}: papermill turns a tuple into text, give it a list")
         if not isinstance(value, self.type) or (self.type is int and isinstance(value, bool)):
             raise wrong
         if self.limits and not self.limits[0] <= float(value) <= self.limits[1]:
@@ -120,6 +123,15 @@ def parameters(chapter: str) -> dict[str, Parameter]:
     return found
 
 
+def changed(chapter: str, values: Mapping[str, Any]) -> list[str]:
+    """Name what makes a run another one than the book's: chapter, values → parameters that differ from their defaults.
+
+    A device and a folder to write to change no result and are left out.
+    """
+    known = parameters(chapter)
+    return [n for n, v in values.items() if n not in ("device", "out") and v != known[n].default]
+
+
 def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Check values against a chapter's parameters: → all parameters, defaults filled in.
 
@@ -155,6 +167,17 @@ def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
+def _check_injected(chapter: str) -> None:
+    """Raise Problem for a parameter that papermill put into this notebook and no cell reads: it only warns of it."""
+    cells = getattr(sys.modules["__main__"], "In", [])  # the cells that have run here, in a kernel
+    injected = [cell for cell in cells if cell.startswith("# Parameters\n")]
+    known = parameters(chapter)
+    for line in ast.parse(injected[-1]).body if injected else []:
+        for target in line.targets if isinstance(line, ast.Assign) else []:
+            if isinstance(target, ast.Name) and target.id not in known:
+                raise unknown(f"parameter of {chapter}", target.id, known)
+
+
 def execute(chapter: str, values: Mapping[str, Any], out: Path, stored: Path) -> Path:
     """Run a chapter through papermill: name, values, output notebook, results folder → the notebook written.
 
@@ -182,7 +205,7 @@ def execute(chapter: str, values: Mapping[str, Any], out: Path, stored: Path) ->
                 progress_bar={"leave": False, "disable": None},  # none where nobody watches
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it would tell how it talks and when it is stopped
             )  # fmt: skip
-            named.write_text(tidy(named.read_text()))
+            named.write_text(without_defaults(tidy(named.read_text()), changed(chapter, given)))
             named.replace(spare)
         except papermill.PapermillExecutionError as error:
             what = error.evalue if error.ename == "Problem" else f"{error.ename}: {error.evalue}"
@@ -226,12 +249,34 @@ def tidy(text: str) -> str:
     return json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
+def without_defaults(text: str, differs: Sequence[str]) -> str:
+    """Take out what a chapter says of its own networks and images.
+
+    Args:
+        text: a notebook, JSON. Its markdown cells with the tag `defaults` speak of a run at the defaults.
+        differs: parameters of this run that are not at their defaults; if there are none, nothing is taken out.
+
+    Returns:
+        The notebook, JSON. Of each such cell the headings are left, and one line that says where the text is.
+    """
+    if not differs:
+        return text
+    book = json.loads(text)
+    names = ", ".join(f"`{name}`" for name in differs)
+    line = f"*What the book says here is about its own networks and images. This run differs in {names}, so it is left out.*"
+    for cell in book["cells"]:
+        if cell["cell_type"] == "markdown" and "defaults" in cell["metadata"].get("tags", []):
+            heads = re.findall(r"^#+ .*$", "".join(cell["source"]), re.MULTILINE)
+            cell["source"] = "\n\n".join([*heads, line]).splitlines(keepends=True)
+    return json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
 Measured = xr.DataArray | xr.Dataset
 
 
-def _kept(how: Callable[[Backbone, Images], Measured], backbone: Backbone, source: Images) -> xr.Dataset:
+def _kept(measure: Callable[[], Measured], backbone: Backbone, source: Images) -> xr.Dataset:
     """What was measured, with the truth of its patches (share of background) beside it where there are masks."""
-    found = how(backbone, source)
+    found = measure()
     if isinstance(found, xr.Dataset):
         return found
     data = found.to_dataset(name="value")
@@ -242,20 +287,45 @@ def _kept(how: Callable[[Backbone, Images], Measured], backbone: Backbone, sourc
     return data
 
 
-def _text(how: Callable[..., Any]) -> str:
-    """The source of a function, or its name where the source is not at hand."""
+def _check_function(function: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
+    """Raise Problem unless the name of a function and its keywords say all that it does: no lambda, closure or partial."""
+    name, module = str(getattr(function, "__qualname__", "")), str(getattr(function, "__module__", ""))
+    if not inspect.isfunction(function):
+        what = name or type(function).__name__
+        raise Problem(
+            f"measure takes a function of a module, not {what}: pass what it is bound to as keywords of measure"
+        )
+    if module == "__main__" or getattr(sys.modules.get(module), name, None) is not function:
+        raise Problem(
+            f"measure takes a function of a module, not {name.split('.')[-1]}, which other values can change unseen: "
+            "put it into a file of the library, and pass what varies as keywords of measure"
+        )
+    for word, value in keywords.items():
+        if not _plain(value):
+            kinds = "text, numbers, true or false, None, and lists and dictionaries of these"
+            raise Problem(f"{word} of {name} must be plain, so that results can be kept by it ({kinds}), not {value!r}")
     try:
-        return inspect.getsource(how)
-    except (OSError, TypeError):
-        return getattr(how, "__qualname__", repr(how))
+        inspect.signature(function).bind(None, None, **keywords)
+    except TypeError as error:
+        raise Problem(f"{name} of {module}: {error}") from None
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_plain, value.values()))
+    return value is None or isinstance(value, str | int | float)
 
 
 class Run:
     """A chapter at work: its checked parameters, its models and pictures, and its stored measurements."""
 
     def __init__(self, chapter: str, **values: Any) -> None:
+        _check_injected(chapter)
         self.chapter = chapter
         self.values = check(chapter, values)
+        self._tell_differences()
         self.folder = Path(os.environ.get("VITREGS_RESULTS") or results.ROOT / "build" / "results") / chapter
 
     @cached_property
@@ -281,20 +351,46 @@ class Run:
             preparation=backbone.preparation,
         )
 
-    def measure(self, name: str, how: Callable[[Backbone, Images], Any]) -> dict[str, Any]:
-        """Measure every model on the chapter's pictures, or reload it: name of the file, function that gives a DataArray or a
-        Dataset → {model: the same}.
+    def _tell_differences(self) -> None:
+        """Show in a notebook which parameters make this run another one than the book's; nothing if none do."""
+        differs = changed(self.chapter, self.values)
+        shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+        if differs and shell:
+            names = ", ".join(f"`{name}`" for name in differs)
+            text = f"**Not the run of the book**: it differs in {names}. What the text says of results is not about this run."
+            sys.modules["IPython"].display.display({"text/markdown": text, "text/plain": text}, raw=True)
 
-        A stored array is used only for the same function, as it is written, under the same parameters.
+    def measure(self, name: str, function: Callable[..., Measured], /, **keywords: Any) -> dict[str, Any]:
+        """Measure every model on the chapter's images, or reload what was measured.
+
+        A stored array is used only for the same function and keywords, the same code (`results.code_hash` of the function's
+        module), weights and images. Versions of torch and timm do not count; they stand in the array's attributes.
+
+        Args:
+            name: of the file.
+            function: of a module, so that its name says what it does: takes a Backbone, Images and the keywords, gives a
+                DataArray or a Dataset.
+            keywords: everything else that it depends on, as plain values.
+
+        Returns:
+            What the function gives, by the name of the model.
+
+        Raises:
+            Problem: for lambdas, functions of the notebook, bound functions, keywords that are not plain or do not fit.
+
+        Example:
+            ``run.measure("norms", capture.norms, layers=[3])``
         """
+        _check_function(function, keywords)
+        code = results.code_hash(function.__module__)
+        asked = {"what": name, "function": function.__qualname__, "keywords": keywords}
         found = {}
-        free = ("models", "weights", "images", "device")  # told by the weights and the pictures, or of no effect
-        given = {k: v for k, v in self.values.items() if k not in free}
         for model, backbone in self.backbones.items():
             source = self.pictures(backbone)
-            key = {"what": name, "how": _text(how), "weights": backbone.weights, **given, **source.key}
+            key = {**asked, "weights": backbone.weights, **source.key}
+            compute = partial(_kept, partial(function, backbone, source, **keywords), backbone, source)
             path = self.folder / f"{name}.{backbone.name}.nc"
-            data = results.stored(path, partial(_kept, how, backbone, source), key=key)
+            data = results.stored(path, compute, key=key, code=code)
             found[model] = data["value"] if set(data.data_vars) <= {"value", "background"} else data
         return found
 

@@ -7,7 +7,9 @@ import pandas as pd
 import xarray as xr
 from scipy.stats import kurtosis
 
-from vitregs import artifacts
+from vitregs import artifacts, capture
+from vitregs.backbones import Backbone
+from vitregs.images import Images
 from vitregs.problems import Problem
 from vitregs.results import grid
 
@@ -40,6 +42,21 @@ def principal(states: xr.DataArray, *, count: int = 3, joint: bool = False) -> x
             "variance": (("image", "component"), share),
         }
     ).assign_coords(component=range(1, count + 1))
+
+
+def of_patches(backbone: Backbone, images: Images, *, final_norm: bool = True, joint: bool = False) -> xr.Dataset:
+    """First principal components of what leaves the last block of a network (Fig 17, 20).
+
+    Args:
+        backbone: a network.
+        images: what it sees.
+        final_norm: whether its final norm is applied first.
+        joint: one analysis of all images together, or one for each.
+
+    Returns:
+        What `principal` gives.
+    """
+    return principal(capture.tokens(backbone, images, final_norm=final_norm), joint=joint)
 
 
 def colours(maps: xr.DataArray, limit: float = 2.3) -> np.ndarray:

@@ -108,6 +108,19 @@ def things(images: Images, grid: tuple[int, int]) -> xr.Dataset:
     return xr.Dataset(data, attrs={"of": of})
 
 
+def of_network(backbone: Backbone, images: Images) -> xr.Dataset:
+    """Objects of images as patches of a network.
+
+    Args:
+        backbone: its grid is used.
+        images: what it would see.
+
+    Returns:
+        What `things` gives, with the name of the network.
+    """
+    return things(images, backbone.grid(images.size)).assign_coords(model=backbone.name)
+
+
 def in_view(seen: xr.Dataset) -> xr.DataArray:
     """Objects that fill at least one patch: things → [image, object] bool."""
     return seen["region"].any(("y", "x")).rename("in view")

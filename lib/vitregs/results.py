@@ -4,7 +4,9 @@ Dimensions: `model image layer head query token channel y x`. A token axis carri
 KINDS), `label` (cls, dist, reg0, summary0, …, "3,5") and, for patches, `y` and `x` (row before column). No torch here.
 """
 
+import ast
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -14,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +70,109 @@ def grid(array: xr.DataArray) -> xr.DataArray:
     return xr.DataArray(folded, dims=[*lead, "y", "x"], coords=coords, attrs=array.attrs, name=array.name)
 
 
+def _says(node: Any) -> Any:
+    """What a syntax tree says: no positions, comments or docstrings, and nothing that versions of Python tell otherwise."""
+    if isinstance(node, ast.Constant):
+        return ["Constant", repr(node.value)]
+    if isinstance(node, list):
+        return [_says(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+        fields["body"] = fields["body"][1:]
+    if isinstance(node, ast.JoinedStr):  # 3.12 and others cut an f-string into pieces of their own
+        texts = [part.value if isinstance(part, ast.Constant) else part for part in node.values]
+        runs = [(kind, list(run)) for kind, run in groupby(texts, lambda part: isinstance(part, str))]
+        fields["values"] = [
+            part for kind, run in runs for part in (["".join(map(str, run))] if kind else run) if part != ""
+        ]
+    return [type(node).__name__, {name: _says(value) for name, value in fields.items()}]
+
+
 @cache
-def code_hash() -> str:
-    """Hash the library's sources: → 12 hexadecimal digits, the same wherever the same code lies."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.name.encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+def source_hash(text: str) -> str:
+    """Hash what a source does, not how it is written.
+
+    Comments, docstrings, blank lines and the breaking of lines do not count, and the hash is the same on every version of
+    Python that can read the source.
+
+    Args:
+        text: a Python source.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(_says(ast.parse(text)), sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _file_of(module: str) -> Path | None:
+    """The source of a module, found without importing it; None for what is none, as a name inside a module."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or not (spec.origin or "").endswith(".py"):
+        return None
+    first = Path(str(spec.origin))
+    inner = first.parent.joinpath(*rest)
+    tries = (inner.with_name(f"{inner.name}.py"), inner / "__init__.py") if rest else (first,)
+    return next((file for file in tries if file.is_file()), None)
+
+
+def _imports(module: str, file: Path, inside: set[str]) -> set[str]:
+    """Modules of the packages `inside` that a source takes something from, wherever in it the import stands.
+
+    A package counts where a name is taken from it; what Python runs on the way to a module inside it does not.
+    """
+    found: set[str] = set()
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            at = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            origin = ".".join(filter(None, (at, node.module)))
+            parts = [f"{origin}.{alias.name}" for alias in node.names]
+            found |= {part if _file_of(part) else origin for part in parts if part.split(".")[0] in inside}
+    return {name for name in found if name.split(".")[0] in inside and _file_of(name)}
+
+
+@cache
+def code_hash(module: str | None = None) -> str:
+    """Hash what runs when something is measured.
+
+    It covers the source of a module and of every module of the library that it imports, directly or not, and is the same
+    wherever the same code lies. Sources are read as `source_hash` reads them.
+
+    Args:
+        module: where the measuring function is defined; by default all of the library counts.
+
+    Returns:
+        12 hexadecimal digits.
+
+    Raises:
+        Problem: for a module without a Python source.
+    """
+    home = __name__.split(".")[0]
+    start = _file_of(module or home)
+    if start is None:
+        raise Problem(f"module {module} has no source to tell measurements apart by: put the function into a file")
+    if module is None:
+        files = set(start.parent.rglob("*.py"))
+    else:
+        seen: dict[str, Path] = {}
+        ahead = {module}
+        while ahead:
+            name = ahead.pop()
+            seen[name] = _file_of(name) or start
+            ahead |= _imports(name, seen[name], {home, module.split(".")[0]}) - seen.keys()
+        files = set(seen.values()) - {start}
+    parts = sorted(source_hash(file.read_text("utf-8")) for file in files)
+    first = "" if module is None else source_hash(start.read_text("utf-8"))
+    return hashlib.sha256(json.dumps([first, parts]).encode()).hexdigest()[:12]
 
 
 def file_hash(*paths: Path) -> str:
@@ -172,14 +270,27 @@ def load(path: Path) -> xr.Dataset:
 
 
 def stored(
-    path: Path, compute: Callable[[], xr.Dataset], *, key: Mapping[str, object], refresh: bool = False
+    path: Path, compute: Callable[[], xr.Dataset], *, key: Mapping[str, object], code: str = "", refresh: bool = False
 ) -> xr.Dataset:
-    """Measure once, redraw anywhere: path, how to measure, what the measurement depends on → Dataset.
+    """Measure once, redraw anywhere.
 
     The file is used only if it was written for the same key by the same code; its attributes carry the provenance.
-    Raises Problem if it cannot be written.
+
+    Args:
+        path: the file, netCDF.
+        compute: measures.
+        key: what the measurement depends on, as plain values.
+        code: hash of the code that measures, as `code_hash` gives it; by default that of the whole library.
+        refresh: measure in any case.
+
+    Returns:
+        The data set, from the file or new.
+
+    Raises:
+        Problem: if it cannot be written.
     """
-    stamp = json.dumps({**key, "code": code_hash()}, sort_keys=True, default=str)
+    facts = {"code": code or code_hash()}
+    stamp = json.dumps({**key, **facts}, sort_keys=True, default=str)
     if not refresh and path.exists():
         try:
             kept = load(path)
@@ -188,6 +299,6 @@ def stored(
         if kept.attrs.get("key") == stamp:
             return kept
     fresh = compute()
-    fresh.attrs.update(provenance(), key=stamp)
+    fresh.attrs.update(provenance(**facts), key=stamp)
     save(fresh, path)
     return fresh

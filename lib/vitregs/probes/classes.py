@@ -231,6 +231,35 @@ def classify_sets(
     return xr.concat(found, "task", combine_attrs="drop_conflicts")
 
 
+def classify_real(
+    backbone: Backbone,
+    _images: Images,
+    *,
+    prints: Mapping[str, str],
+    folder: str = "",
+    taught: int,
+    asked: int,
+    seed: int = 0,
+    **options: Any,
+) -> xr.Dataset:
+    """`classify_sets` for a stored result: the images of the real data sets take the place of those given.
+
+    Args:
+        backbone: a network.
+        _images: not looked at.
+        prints: names in `tasks.SETS`, each with what `tasks.fingerprints` says of its content.
+        folder: holds a folder for each set; empty for the hub.
+        taught: number of images to teach with.
+        asked: number of images to ask about.
+        seed: which images.
+        options: of `classify`.
+
+    Returns:
+        Dataset[task, token] of `classify`.
+    """
+    return classify_sets(backbone, list(prints), folder=folder, taught=taught, asked=asked, seed=seed, **options)
+
+
 def _fold(found: Mapping[tuple[str, str], list[xr.Dataset]], asked: list[str], tokens: list[str]) -> xr.Dataset:
     """Average over the draws of a token: → Dataset[task, token]; the interval is that of the mean of the draws' ends."""
     out = {}
