@@ -20,7 +20,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"
 	@echo "Creating the environment in $(VENV) (about 3 minutes and 6 GB the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,train,hub,test]"
 	@touch $@
 
 build/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(VENV)/ready

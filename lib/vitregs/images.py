@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vitregs import scenes
-from vitregs.problems import Problem, hub
+from vitregs.problems import Problem, extra, hub
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("validation", "valid", "val", "test", "train")  # the first that exists is the default
@@ -69,7 +69,10 @@ class Folder:
     root: Path
 
     def __post_init__(self) -> None:
-        self.files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if self.root.is_file():  # one image
+            self.root, self.files = self.root.parent, [self.root]
+        else:
+            self.files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not self.files:
             raise Problem(f"no pictures in {self.root} (looked for {', '.join(SUFFIXES)} and .parquet)")
         listing = [(str(p.relative_to(self.root)), p.stat().st_size) for p in self.files]
@@ -88,6 +91,8 @@ class Hub:
 
     def __init__(self, name: str, split: str | None) -> None:
         """Open a source: a parquet file, a folder of them or a hub name, and its split (None: the first of SPLITS)."""
+        with extra("hub", "reading parquet files and hub data sets"):
+            import datasets
         self.name = name
         path = Path(name)
         files = [path] if path.is_file() else sorted(path.glob("*.parquet")) if path.is_dir() else []
@@ -103,8 +108,6 @@ class Hub:
         found = next((c for c in PICTURES if c in columns), None)
         if found is None:
             raise Problem(f"{name} has no image column, only {', '.join(columns)}")
-        import datasets
-
         self.column = found
         for key in [self.column, *(m for m in MASKS if m in columns)]:
             self.rows = self.rows.cast_column(key, datasets.Image(decode=False))
@@ -292,7 +295,7 @@ def load(
     split: str | None = None,
     crop: float = 1.0,
 ) -> Images:
-    """Open a source of pictures: "scenes", a folder, a parquet file or folder of them, or a hub name → Images.
+    """Open a source of pictures: "scenes", an image, a folder, a parquet file or folder of them, or a hub name → Images.
 
     `size` in pixels (side or (height, width)); `count` limits the pictures; `seed` draws which. Raises Problem for
     sources that do not exist or hold no pictures, and for sizes, counts, splits and crops that make no sense.
@@ -307,12 +310,12 @@ def load(
     found: Source | None = None
     if source != "scenes":
         path = Path(source).expanduser()
-        if path.is_dir() and not any(path.glob("*.parquet")):
+        if (path.is_dir() and not any(path.glob("*.parquet"))) or (path.suffix.lower() in SUFFIXES and path.is_file()):
             found = Folder(path)
         elif path.suffix == ".parquet" and not path.is_file():
             raise Problem(f"no file {path}")
         elif source.startswith(("/", "./", "../", "~")) and not path.exists():
             raise Problem(f"no folder or file {path}")
         else:
-            found = Hub(str(path), split)
+            found = Hub(source if "://" in source else str(path), split)
     return Images(source, shape, count, seed, crop, found)
