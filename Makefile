@@ -6,7 +6,7 @@ CHAPTERS := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb))
 EXECUTED := $(CHAPTERS:%=build/notebooks/%.ipynb)
 SOURCES := $(shell find lib/vitregs -name '*.py') $(shell find data/paper data/zoo -type f)
 
-.PHONY: book test lint notebooks benchmarks environment clean
+.PHONY: book test nightly lint notebooks benchmarks environment clean
 .DELETE_ON_ERROR:
 
 # Two chapters at a time, of one thread each: small networks gain little from a second, and lose much where it must wait.
@@ -40,6 +40,9 @@ build/html/index.html: $(EXECUTED) $(shell find data/results -type f) $(shell fi
 test: lint
 	@$(MAKE) --no-print-directory book
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+nightly: test
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m nightly
 
 lint: | $(VENV)/ready
 	$(BIN)/ruff check .

@@ -93,7 +93,6 @@ ROOMS = [
 ]
 PACKAGE = r"## The rooms of `([a-z]+)/`"
 TRAINING = "vitregs.pretrain."  # modules that may need the packages of the extra `train`
-LONGEST = 320  # lines of a module that are not blank
 EXTRAS = ("book", "train", "hub", "test")
 
 
@@ -206,7 +205,7 @@ print(json.dumps([said, [n for n in blocked if sys.modules[n]]]))
 def test_the_core_imports_without_extras(tmp_path: Path) -> None:
     """With the packages of all extras hidden: every module but those that train; commands name the extra in one line."""
     brought = [p for packages in problems.EXTRAS.values() for p in packages]
-    hidden = [*brought, "nbformat", "pytest", "hypothesis", "yaml", "hatchling", "pyarrow", "sphinx", "jupyter_book"]
+    hidden = [*brought, "nbformat", "jupyter_book"]
     (tmp_path / "a.parquet").touch()
     command = [sys.executable, "-c", ALONE, ",".join(hidden), "a.parquet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -416,10 +415,8 @@ def test_one_room_has_hooks() -> None:
 
 
 @pytest.mark.parametrize("name", ROOMS)
-def test_a_room_can_be_read_at_a_sitting(name: str) -> None:
-    text = modules()[name].read_text("utf-8")
-    assert len([line for line in text.splitlines() if line.strip()]) <= LONGEST
-    assert ast.get_docstring(ast.parse(text)), "a module says what it is for"
+def test_a_module_says_what_it_is_for(name: str) -> None:
+    assert ast.get_docstring(ast.parse(modules()[name].read_text("utf-8")))
 
 
 # --- the tree
