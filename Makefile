@@ -6,7 +6,7 @@ CHAPTERS := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb))
 EXECUTED := $(CHAPTERS:%=build/notebooks/%.ipynb)
 SOURCES := $(shell find lib/vitregs -name '*.py') $(shell find data/paper data/zoo -type f)
 
-.PHONY: book test lint notebooks benchmarks environment clean
+.PHONY: book test nightly lint notebooks benchmarks environment clean
 .DELETE_ON_ERROR:
 
 # Two chapters at a time, of one thread each: small networks gain little from a second, and lose much where it must wait.
@@ -20,7 +20,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"
 	@echo "Creating the environment in $(VENV) (about 3 minutes and 6 GB the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,train,hub,test]"
 	@touch $@
 
 build/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(VENV)/ready
@@ -40,6 +40,9 @@ build/html/index.html: $(EXECUTED) $(shell find data/results -type f) $(shell fi
 test: lint
 	@$(MAKE) --no-print-directory book
 	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+nightly: test
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m nightly
 
 lint: | $(VENV)/ready
 	$(BIN)/ruff check .

@@ -8,8 +8,6 @@ import nbformat
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given
-from hypothesis import strategies as st
 
 from vitregs import backbones, capture, chapters, outliers, results, scenes
 from vitregs.backbones import Backbone
@@ -127,46 +125,6 @@ loud: bool = False  # whether to print
 )
 def test_values_that_do_not_fit(kind: type, help_: str, value: object, says: str) -> None:
     assert says in problem(Parameter("x", kind, None, help_).check, value)
-
-
-@pytest.mark.parametrize(
-    ("kind", "words", "value"),
-    [
-        (int, ["12"], 12),
-        (int, ["-1"], -1),
-        (int, ["007"], 7),
-        (float, ["1e-2"], 0.01),
-        (float, ["3"], 3.0),
-        (bool, ["true"], True),
-        (bool, ["False"], False),
-        (str, ["12"], "12"),
-        (str, ["true"], "true"),
-        (list, ["a", "b"], ["a", "b"]),
-        (list, ["a,b", "c"], ["a", "b", "c"]),
-        (list, ["f", ""], ["f", ""]),
-        (list, [], []),
-    ],
-)
-def test_words_become_values(kind: type, words: list[str], value: object) -> None:
-    got = Parameter("x", kind, None, "").parse(words)
-    assert got == value
-    assert type(got) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [(int, ["1e2"]), (int, ["1.0"]), (int, [""]), (int, []), (int, ["1", "2"]), (float, ["much"]), (bool, ["yes"])],
-)
-def test_words_that_are_no_values(kind: type, words: list[str]) -> None:
-    assert f"x takes {kind.__name__ if len(words) == 1 else 'one value'}" in problem(
-        Parameter("x", kind, None, "").parse, words
-    )
-
-
-@given(st.integers(-(10**6), 10**6), st.floats(allow_nan=False, allow_infinity=False), st.booleans())
-def test_every_value_survives_being_said_in_words(whole: int, part: float, yes: bool) -> None:
-    for kind, value in ((int, whole), (float, part), (bool, yes)):
-        assert Parameter("x", kind, None, "").parse([str(value)]) == value
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import vitregs
 from vitregs import backbones, chapters, draw, results
 from vitregs.cli import main
 from vitregs.pretrain import loop, schedules, scores
@@ -67,7 +68,12 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("", "required: command"),
         ("rnu 2", "unknown command 'rnu': did you mean 'run'?"),
         ("diagnose", "required: model"),
-        ("diagnose supervised-pico --imags x", "unknown argument '--imags'"),
+        ("diagnose supervised-pico --imags x", "unknown argument '--imags': did you mean '--images'?"),
+        ("diagnose supervised-pico --imag x", "unknown argument '--imag': did you mean '--images'?"),
+        ("train supervised-pico --devise cpu", "unknown argument '--devise': did you mean '--device'?"),
+        ("--jsn", "unknown argument '--jsn'"),
+        ("diagnose supervised-pico --count 2 --count 3", "--count is given twice"),
+        ("diagnose supervised-pico --json=maybe", "--json takes bool, not 'maybe'"),
         ("models a b", "unknown argument 'b'"),
         ("run nroms", "did you mean '02_norms'?"),
         ("run 77", "unknown chapter '77'"),
@@ -78,7 +84,9 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("run 2 --count ten", "count takes int, not 'ten'"),
         ("run 2 --count 2.5", "count takes int, not '2.5'"),
         ("run 2 --count", "count takes one value, not 0"),
-        ("run 2 --count 3 4", "count takes one value, not 2"),
+        ("run 2 --count 3 4", "'4' stands alone"),
+        ("run 2 --count=", "count takes int, not ''"),
+        ("run 2 --count 1e2", "count takes int, not '1e2'"),
         ("run 2 --count 0", "count must lie within 1 to 100000, not 0"),
         ("run 2 --count=-3", "count must lie within 1 to 100000, not -3"),
         ("run 2 --models", "models must name at least one model"),
@@ -100,7 +108,10 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("diagnose supervised-pico --size 1 2 3", "--size takes a side, or height and width"),
         ("diagnose supervised-pico --size 0", "not a multiple of the patch size"),
         ("diagnose supervised-pico --count 0", "--count must be 1 or more"),
-        ("diagnose supervised-pico --count many", "invalid int value: 'many'"),
+        ("diagnose supervised-pico --count many", "--count takes int, not 'many'"),
+        ("diagnose supervised-pico --count 2.5", "--count takes int, not '2.5'"),
+        ("diagnose supervised-pico --cutoff x", "--cutoff takes float, not 'x'"),
+        ("diagnose supervised-pico --size 96 x", "--size takes int, not '96 x'"),
         ("diagnose supervised-pico --seed -1", "--seed must be 0 or more"),
         ("diagnose supervised-pico --batch 0", "--batch must be 1 or more"),
         ("diagnose supervised-pico --plot norms.doc", "--plot writes .png, .svg or .pdf, not '.doc'"),
@@ -118,7 +129,7 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("train dinov2-pico image_size=16 local_size=8", "of 4 patches is none"),
         ("train mae-pico masked=1", "masked must leave some of 64 patches visible"),
         ("train mae-pico-reg", "did you mean 'mae-pico'?"),
-        ("train mae-pico --minutes many", "invalid float value: 'many'"),
+        ("train mae-pico --minutes many", "--minutes takes float, not 'many'"),
         ("train supervised-pico steps=1 --device cdua", "device 'cdua' is not available"),
     ],
 )
@@ -138,20 +149,37 @@ def checked(check: Callable) -> Callable:
 
 
 def test_help_is_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--help"], ["diagnose", "--help"], ["train", "-h"]):
-        with pytest.raises(SystemExit) as end:
-            main(words)
-        assert end.value.code == 0
-        assert capsys.readouterr().out.startswith("usage: vitregs")
+    for words in (["--help"], ["diagnose", "--help"], ["train", "-h"], ["run", "2", "-h"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith("Usage: vitregs")
     for words in (["run"], ["run", "-h"], ["run", "--help"]):
         assert main(words) == 0
         out = capsys.readouterr().out
         assert all(name in out for name in chapters.names())
-    assert main(["run", "4", "--help"]) == 0
-    out = capsys.readouterr().out
-    for p in chapters.parameters("04_redundant_patches").values():
-        assert f"--{p.name} " in out
-        assert p.help in out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == vitregs.__version__
+
+
+@pytest.mark.parametrize("chapter", chapters.names())
+def test_help_of_a_chapter_lists_its_parameters(chapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", chapter, "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--out PATH: " in out
+    for p in chapters.parameters(chapter).values():  # the help of a parameter states its range or choices
+        kind = "STR..." if p.type is list else p.type.__name__.upper()
+        names = f"--{p.name}" + (f", --{p.name.replace('_', '-')}" if "_" in p.name else "")
+        assert f"{names} {kind}: {' '.join(p.help.split())} [default: {p.default!r}]" in out
+
+
+def test_help_and_mistakes_come_without_torch() -> None:
+    code = """
+import sys
+from vitregs.cli import main
+codes = [main(words) for words in ([], ["--help"], ["diagnose", "-h"], ["rnu"], ["diagnose", "a", "--count", "0"])]
+print(codes, sorted({"torch", "timm", "numpy", "pandas"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[2, 0, 0, 2, 2] []\n")
 
 
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,11 +306,25 @@ def test_pictures_that_cannot_be_used(here: Path, fails: Fails, capfd: pytest.Ca
     assert err.count("\n") == 1
 
 
-def test_a_plot_that_cannot_be_written(here: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_that_cannot_be_written_is_found_before_the_work(
+    here: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (here / "file").write_text("in the way")
-    (here / "old.png").write_bytes(b"the old picture")
+    (here / "folder.png").mkdir()
     words = ("diagnose", PICO, "--count", "2", "--device", "cpu", "--plot")
-    assert "cannot write file/norms.png" in fails(*words, "file/norms.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(backbones, "load", lambda *_, **__: pytest.fail("work was begun"))
+        assert "cannot write file/norms.png: file is no folder" in fails(*words, "file/norms.png")
+        assert "cannot write file/a/b/norms.png: file is no folder" in fails(*words, "file/a/b/norms.png")
+        assert "cannot write folder.png: it is a folder" in fails(*words, "folder.png")
+        patch.setattr(os, "access", lambda *_: False)
+        assert "cannot write deep/norms.png: no right to write in" in fails(*words, "deep/norms.png")
+
+
+def test_a_plot_that_fails_leaves_the_report(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "old.png").write_bytes(b"the old plot")
 
     class Figure:
         def savefig(self, spare: Path, **_how: object) -> None:
@@ -290,7 +332,45 @@ def test_a_plot_that_cannot_be_written(here: Path, fails: Fails, monkeypatch: py
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(draw, "diagnosis", lambda _found: Figure())
-    assert "cannot write old.png: No space left on device" in fails(*words, "old.png")
+    assert main(["diagnose", PICO, "--count", "2", "--device", "cpu", "--json", "--plot", "old.png"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["model"] == PICO
+    assert err == "vitregs: cannot write old.png: No space left on device\n"
+    assert tree(here) == {"old.png": b"the old plot"}
+
+
+@pytest.mark.filterwarnings("default:--cutoff")
+def test_a_cutoff_below_the_median_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["diagnose", PICO, "--count", "2", "--device", "cpu", "--json", "--cutoff"]
+    assert main([*words, "1e6"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    medians = [row["median"] for row in json.loads(out)["layers"]]
+    middle = sorted(medians)[4]
+    assert main([*words, repr(middle)]) == 0
+    err = capsys.readouterr().err
+    above = ", ".join(str(i) for i, m in enumerate(medians) if m > middle)
+    assert err == (
+        f"vitregs: --cutoff {middle:g} lies below the median norm of layers {above}: "
+        "most patches count as outliers there\n"
+    )
+
+
+def test_one_image(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (200, 150, 3), np.uint8)
+    for name in ("photo.PNG", "other.png"):
+        Image.fromarray(noise).save(here / name)
+    assert main(["diagnose", PICO, "--images", "photo.PNG", "--size", "192", "--device", "cpu", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["pictures"] == 1
+    assert told["images"] == "photo.PNG"
+
+
+def test_an_address_keeps_its_slashes(fails: Fails, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    assert "'s3://bucket/images'" in fails("diagnose", PICO, "--device", "cpu", "--images", "s3://bucket/images")
 
 
 # --- train
@@ -365,6 +445,18 @@ def test_ctrl_c(here: Path, quick: tuple[str, ...], capsys: pytest.CaptureFixtur
     assert [p.name for p in (here / "net").iterdir()] == ["checkpoint.pt"]
 
 
+def test_settings_before_and_behind_options(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple] = []
+    monkeypatch.setattr(loop, "train", lambda chosen, **how: seen.append((chosen.steps, chosen.lr, how["minutes"])))
+    for words in (
+        ["mae-pico", "steps=3", "lr=1e-4", "--minutes", "5"],
+        ["--minutes", "5", "mae-pico", "steps=3", "lr=1e-4"],
+        ["mae-pico", "steps=3", "--minutes=5", "--eager", "lr=1e-4"],
+    ):
+        assert main(["train", *words]) == 0
+    assert seen == [(3, 1e-4, 5.0)] * 3
+
+
 # --- run: a chapter that can be told to fail, to be killed, or to wait
 
 
@@ -375,6 +467,7 @@ part_of_it: float = 0.5  # of no use [0.25, 0.75]
 loud: bool = False  # of no use either
 how: str = "well"  # what happens {well, problem, error, death, wait}
 images: str = "scenes"  # pictures
+names: list = []  # of no use
 """,
     "work": """\
 import os, time
@@ -440,12 +533,47 @@ def test_run(here: Path, fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        (["--count", "007"], {"count": 7}),
+        (["--count=3"], {"count": 3}),
+        (["--part-of-it", "1e-2"], {"part_of_it": 0.01}),
+        (["--part_of_it", "3"], {"part_of_it": 3.0}),
+        (["--loud", "true"], {"loud": True}),
+        (["--loud=False"], {"loud": False}),
+        (["--how", "12"], {"how": "12"}),
+        (["--names", "a", "b"], {"names": ["a", "b"]}),
+        (["--names", "a,b", "c"], {"names": ["a", "b", "c"]}),
+        (["--names", "a", "--names", "b"], {"names": ["a", "b"]}),
+        (["--names", "f", ""], {"names": ["f", ""]}),
+        (["--names", "[1]"], {"names": ["[1]"]}),
+        (["--names"], {"names": []}),
+        (["--names", "one, file.pth", "f,g"], {"names": ["one, file.pth", "f", "g"]}),
+        (["--count", "-3", "--how", "true"], {"count": -3, "how": "true"}),
+        ([], {}),
+    ],
+)
+def test_words_become_values(
+    here: Path, fake: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], given: dict
+) -> None:
+    (here / "one, file.pth").touch()
+    seen: list[tuple] = []
+    monkeypatch.setattr(chapters, "execute", lambda *told: seen.append(told))
+    assert main(["run", "fake", *words]) == 0
+    assert seen == [("07_fake", given, results.BUILD / "runs" / "07_fake.ipynb", results.BUILD / "results")]
+    assert [type(v) for v in seen[0][1].values()] == [type(v) for v in given.values()]
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         ("--part-of-it 0.8", "part_of_it must lie within 0.25 to 0.75, not 0.8"),
         ("--part_of_it nan", "part_of_it must lie within"),
         ("--part_of_it x", "part_of_it takes float, not 'x'"),
         ("--loud 1", "loud takes bool, not '1'"),
+        ("--loud", "loud takes one value, not 0"),
+        ("--part_of_it much", "part_of_it takes float, not 'much'"),
+        ("--count 1.0", "count takes int, not '1.0'"),
         ("--how wel", "unknown how 'wel': did you mean 'well'?"),
         ("--count 2 --part 0.5", "unknown parameter of 07_fake 'part'"),
     ],

@@ -377,7 +377,7 @@ def test_training_chapters_on_real_pictures(shared_data: Path, tmp_path: Path) -
 
 def test_a_run_that_is_kept_goes_on(tmp_path: Path) -> None:
     values = {"settings": ["size=femto", "image_size=32", "steps=4", "warmup=2"], "device": "cpu", "every": 2}
-    values |= {"recipe": "hunt-femto", "out": str(tmp_path / "kept")}
+    values |= {"recipe": "hunt-femto", "keep": str(tmp_path / "kept")}
     chapters.execute("14_train_your_own", values, tmp_path / "out.ipynb", tmp_path)
     first = (tmp_path / "kept" / "weights.safetensors").stat().st_mtime
     chapters.execute("14_train_your_own", values, tmp_path / "again.ipynb", tmp_path)

@@ -2,11 +2,14 @@
 
 import ast
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -18,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vitregs
-from vitregs import chapters, results
+from vitregs import chapters, claims, cli, problems, results
 
 ROOT = results.ROOT
 LIBRARY = ROOT / "lib" / "vitregs"
@@ -94,7 +97,8 @@ ROOMS = [
     "cli",
 ]
 PACKAGE = r"## The rooms of `([a-z]+)/`"
-EXTRAS = ("book", "test")
+TRAINING = "vitregs.pretrain."  # modules that may need the packages of the extra `train`
+EXTRAS = ("book", "train", "hub", "test")
 
 
 def requirements(*extras: str) -> list[Requirement]:
@@ -155,12 +159,8 @@ def test_what_is_installed_fits(wanted: Requirement) -> None:
 
 
 def test_every_import_of_the_library_is_a_dependency() -> None:
-    known = {canonicalize_name(r.name) for r in requirements()}
-    known |= {
-        "jupyter-client",
-        "nbclient",
-        "huggingface-hub",
-    }  # of papermill, timm and datasets, whose errors are named
+    known = {canonicalize_name(r.name) for r in requirements("book", "train", "hub")}
+    known |= {"jupyter-client", "nbclient"}  # of papermill, whose errors are named
     names = {"PIL": "pillow", "open_clip": "open-clip-torch", "IPython": "ipykernel", "sklearn": "scikit-learn"}
     used = {n.split(".")[0] for f in LIBRARY.rglob("*.py") for n in imports(f)[0] if n.split(".")[0] != "vitregs"}
     missing = {n for n in used if n not in sys.stdlib_module_names and canonicalize_name(names.get(n, n)) not in known}
@@ -174,6 +174,175 @@ def test_the_command_is_installed() -> None:
     assert version("vitregs") == PROJECT["project"]["version"]
     assert sys.version_info >= (3, 11)
     assert Path(vitregs.__file__).parent == LIBRARY, "the tests run another copy of the library"
+
+
+# --- what the library needs, and what it says where something is missing
+
+
+def test_errors_name_the_extras_of_the_package() -> None:
+    listed = PROJECT["project"]["optional-dependencies"]
+    assert set(problems.EXTRAS) == set(EXTRAS) - {"test"}
+    brought = {"jupyter-client", "nbclient", "ipython"}  # by papermill and ipykernel
+    for name, packages in problems.EXTRAS.items():
+        names = {canonicalize_name({"open_clip": "open_clip_torch"}.get(p, p)) for p in packages}
+        assert names - brought <= {canonicalize_name(Requirement(line).name) for line in listed[name]}
+
+
+ALONE = """
+import importlib, json, pkgutil, sys
+blocked = sys.argv[1].split(",")
+sys.modules.update(dict.fromkeys(blocked))  # as if they were not installed
+import vitregs
+said = {}
+for found in pkgutil.walk_packages(vitregs.__path__, "vitregs."):
+    try:
+        importlib.import_module(found.name)
+    except ValueError as error:
+        said[found.name] = f"{type(error).__name__}: {error}"
+from vitregs import chapters, cli
+from vitregs.problems import Problem
+for words in (["train", "mae-pico"], ["run", "2", "--count", "2"], ["diagnose", "mae-pico", "--images", sys.argv[2]]):
+    said[words[0]] = cli.main(words)
+print(json.dumps([said, [n for n in blocked if sys.modules[n]]]))
+"""
+
+
+def test_the_core_imports_without_extras(tmp_path: Path) -> None:
+    """With the packages of all extras hidden: every module but those that train; commands name the extra in one line."""
+    brought = [p for packages in problems.EXTRAS.values() for p in packages]
+    hidden = [*brought, "nbformat", "jupyter_book"]
+    (tmp_path / "a.parquet").touch()
+    command = [sys.executable, "-c", ALONE, ",".join(hidden), "a.parquet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said, loaded = json.loads(done.stdout.splitlines()[-1])
+    assert loaded == []
+    codes = [said.pop(name) for name in ("train", "run", "diagnose")]
+    assert codes == [2, 2, 2]
+    assert said
+    assert set(said.values()) == {"Problem: training needs more packages: pip install 'vitregs[train]'"}
+    assert not [name for name in said if not name.startswith(TRAINING)], "a module outside training needs its packages"
+    assert done.stderr.splitlines() == [
+        "vitregs: training needs more packages: pip install 'vitregs[train]'",
+        "vitregs: running a chapter needs more packages: pip install 'vitregs[book]'",
+        "vitregs: reading parquet files and hub data sets needs more packages: pip install 'vitregs[hub]'",
+    ]
+
+
+# --- the wheel
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder into which the wheel of this checkout was installed, without network: → the folder."""
+    where = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(where), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, cwd=where)
+    (wheel,) = where.glob("vitregs-*.whl")
+    place = [*pip, "install", "--no-deps", "--no-index", "--target", str(where / "site"), str(wheel)]
+    subprocess.run(place, check=True, capture_output=True, cwd=where)
+    wheel.unlink()
+    yield where / "site"
+    shutil.rmtree(where)  # 170 MB
+
+
+def outside(installed: Path, cwd: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code with the installed wheel, away from the checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    environment.pop("VITREGS_RESULTS", None)
+    start = f"import vitregs; assert vitregs.__file__.startswith({str(installed)!r}), vitregs.__file__\n"
+    command = [sys.executable, "-P", "-c", start + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+
+
+def test_a_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    code = """
+from vitregs import backbones, chapters, claims, results
+from vitregs.cli import main
+net = backbones.load("supervised-pico", device="cpu")
+print(net.source, len(claims.ledger()), chapters.names(), results.provenance()["commit"], results.BUILD, sep="|")
+assert [main(["models", "mae"]), main(["scoreboard"]), main(["--version"]), main(["run", "2", "--help"])] == [0] * 4
+"""
+    done = outside(installed, tmp_path, code)
+    assert (done.returncode, done.stderr) == (0, "")
+    first = done.stdout.splitlines()[0].split("|")
+    assert first == ["zoo, supervised", str(len(claims.ledger())), str(chapters.names()), "unknown", "build"]
+    assert "  mae-pico-reg4\n" in done.stdout
+    assert claims.listing(claims.scoreboard(claims.RESULTS)) in done.stdout
+    assert (installed / "vitregs" / "py.typed").is_file()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.nightly
+def test_a_wheel_runs_its_chapters(installed: Path, tmp_path: Path) -> None:
+    done = outside(installed, tmp_path, "from vitregs.cli import main; assert main(['run', '2', '--count', '4']) == 0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "build/runs/02_norms.ipynb\n"
+    found = nbformat.read(tmp_path / "build" / "runs" / "02_norms.ipynb", as_version=4)
+    assert "count = 4" in "".join(c.source for c in found.cells)
+    assert list((tmp_path / "build" / "results" / "02_norms").glob("*.nc"))
+
+
+# --- what the project says of itself
+
+
+def test_versions_of_python_agree() -> None:
+    project = PROJECT["project"]
+    named = [c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert named == sorted(named, key=lambda v: int(v.split(".")[1]))
+    assert project["requires-python"] == f">={named[0]}"
+    matrix = workflows()["test"]["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix == {"os": ["ubuntu-latest", "macos-latest"], "python": named}
+    others = [s["with"]["python-version"] for s in steps() if "python-version" in s.get("with", {})]
+    assert {v for v in others if not v.startswith("$")} <= set(named)
+    assert PROJECT["tool"]["mypy"]["python_version"] == named[0]
+
+
+def workflows() -> dict[str, dict]:
+    return {f.stem: yaml.safe_load(f.read_text()) for f in (ROOT / ".github" / "workflows").glob("*.yml")}
+
+
+def steps() -> list[dict]:
+    return [step for flow in workflows().values() for job in flow["jobs"].values() for step in job["steps"]]
+
+
+def test_workflows_and_guide_use_what_is_there() -> None:
+    assert workflows().keys() == {"test", "nightly"}
+    assert all(True in flow for flow in workflows().values())  # YAML reads the key `on` as true
+    assert all(("run" in s) != ("uses" in s) for s in steps())
+    there = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    guide = [*(ROOT / n for n in ("CONTRIBUTING.md", ".github/pull_request_template.md"))]
+    texts_ = [s.get("run", "") for s in steps()] + [f.read_text() for f in guide]
+    named = {n for text in texts_ for n in re.findall(r"\bmake ([a-z]+)", text)}
+    assert {"test", "book", "notebooks"} <= named <= there
+    words = [c for text in texts_ for c in re.findall(r"\bvitregs ([a-z]+)", text.replace("clone ADDRESS vitregs", ""))]
+    assert words
+    assert set(words) <= set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("form", ["bug", "my_vit", "chapter"])
+def test_issue_forms(form: str) -> None:
+    made = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text())
+    assert {"name", "description", "body"} <= made.keys()
+    fields = [f for f in made["body"] if f["type"] != "markdown"]
+    assert len({f["id"] for f in fields}) == len(fields) > 0
+    assert all(f["type"] in ("input", "textarea", "dropdown") and f["attributes"]["label"] for f in fields)
+
+
+def test_citation_and_changelog_name_this_version() -> None:
+    made = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = PROJECT["project"]
+    assert {"cff-version", "message", "title", "authors"} <= made.keys()
+    assert made["cff-version"] == "1.2.0"
+    assert (made["version"], made["license"]) == (project["version"], project["license"])
+    assert [a["name"] for a in made["authors"]] == [a["name"] for a in project["authors"]]
+    (paper,) = made["references"]
+    assert [a["family-names"] for a in paper["authors"]] == ["Darcet", "Oquab", "Mairal", "Bojanowski"]
+    assert paper["url"].endswith("2309.16588")
+    heads = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heads[0] == ("Unreleased", "")
+    assert heads[1] == (made["version"], made["date-released"])
 
 
 # --- rooms
@@ -243,12 +412,6 @@ def test_rooms_without_torch() -> None:
     code = f"import sys; from vitregs import {', '.join(names)}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-def test_the_command_line_starts_without_torch() -> None:
-    assert imports(modules()["cli"])[1] & {n for n in imports(modules()["cli"])[0] if n.startswith("vitregs")} == {
-        "vitregs.problems"
-    }
 
 
 def test_one_room_has_hooks() -> None:

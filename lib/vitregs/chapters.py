@@ -29,7 +29,7 @@ from vitregs.backbones import Backbone
 from vitregs.images import Images
 from vitregs.pretrain import recipes
 from vitregs.pretrain.recipe import parse
-from vitregs.problems import Problem, unknown
+from vitregs.problems import Problem, extra, unknown
 
 NOTEBOOKS = results.ROOT / "notebooks"
 TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
@@ -71,24 +71,6 @@ class Parameter:
         if self.choices and value not in self.choices:
             raise unknown(self.name, value, self.choices)
         return value
-
-    def parse(self, words: list[str]) -> Any:
-        """Read a value from the command line: words → value in its type. Raises Problem for what cannot be read."""
-        if self.type is list:
-            return self.check([w for word in words for w in word.split(",")])
-        if len(words) != 1:
-            raise Problem(f"{self.name} takes one value, not {len(words)}")
-        word = words[0]
-        if self.type is bool and word.lower() in ("true", "false"):
-            return word.lower() == "true"
-        try:
-            return self.check(word if self.type is str else self.type(word) if self.type is not bool else word)
-        except ValueError as error:
-            raise (
-                error
-                if isinstance(error, Problem)
-                else Problem(f"{self.name} takes {self.type.__name__}, not {word!r}")
-            ) from None
 
 
 def names() -> list[str]:
@@ -183,15 +165,18 @@ def execute(chapter: str, values: Mapping[str, Any], out: Path, stored: Path) ->
 
     Everything is checked first. Raises Problem if a check or a cell fails; the output is then not touched.
     """
-    import papermill
-    from jupyter_client.kernelspec import NoSuchKernel
-    from nbclient.exceptions import DeadKernelError
+    with extra("book", "running a chapter"):
+        import papermill
+        from jupyter_client.kernelspec import NoSuchKernel
+        from nbclient.exceptions import DeadKernelError
 
     full, known = check(chapter, values), parameters(chapter)
     if full.get("images", "scenes") != "scenes" and Path(full["images"]).expanduser().exists():
         full["images"] = str(Path(full["images"]).expanduser().resolve())  # the kernel runs in another folder
     if full.get("models"):
         full["models"] = [backbones.absolute(m) for m in full["models"]]
+    if full.get("keep"):
+        full["keep"] = str(Path(full["keep"]).expanduser().resolve())
     if full.get("weights"):
         full["weights"] = [str(Path(f).expanduser().resolve()) if f else "" for f in full["weights"]]
     given = {k: v for k, v in full.items() if v != known[k].default}
@@ -326,7 +311,7 @@ class Run:
         self.chapter = chapter
         self.values = check(chapter, values)
         self._tell_differences()
-        self.folder = Path(os.environ.get("VITREGS_RESULTS") or results.ROOT / "build" / "results") / chapter
+        self.folder = Path(os.environ.get("VITREGS_RESULTS") or results.BUILD / "results") / chapter
 
     @cached_property
     def backbones(self) -> dict[str, Backbone]:

@@ -1,162 +1,302 @@
-"""The command `vitregs`: diagnose a model, run a chapter, train a recipe, list the models, show the scoreboard."""
+"""The command `vitregs`: diagnose a model, run a chapter, train a recipe, list the models, show the scoreboard.
 
-import argparse
+Words are read by Cyclopts from the types of the functions below; a chapter's options are made from its `parameters` cell.
+What takes seconds to import is imported inside the commands, so that help and mistakes come at once.
+"""
+
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from inspect import Parameter as Argument
+from inspect import Signature
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts.annotations import get_hint_name
+from cyclopts.exceptions import (
+    CoercionError,
+    MissingArgumentError,
+    RepeatArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+    ValidationError,
+)
 
 from vitregs.problems import Interrupted, Problem, unknown
 
+if TYPE_CHECKING:
+    from vitregs import chapters
+
 COMMANDS = ("diagnose", "run", "train", "models", "scoreboard")
+PLOTS = (".png", ".svg", ".pdf")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise Problem(message)
+def _whole(_type: Any, tokens: Sequence[Token]) -> int:
+    """A whole number; Cyclopts by itself would round 2.5."""
+    return int(tokens[0].value)
+
+
+def _truth(_type: Any, tokens: Sequence[Token]) -> bool:
+    """True or false, as a word of its own."""
+    word = tokens[0].value.lower()
+    if word not in ("true", "false"):
+        raise ValueError(word)
+    return word == "true"
+
+
+def _several(_type: Any, tokens: Sequence[Token]) -> list[str]:
+    """Several words, or one with commas; a file whose name has a comma stays whole."""
+    words = [token.value for token in tokens]
+    return [w for word in words for w in ([word] if Path(word).expanduser().exists() else word.split(","))]
+
+
+def _wholes(_type: Any, tokens: Sequence[Token]) -> list[int]:
+    return [int(token.value) for token in tokens]
+
+
+def _least(least: int) -> Callable[[Any, int], None]:
+    def check(_type: Any, value: int) -> None:
+        if value < least:
+            raise ValueError(f"must be {least} or more, not {value}")
+
+    return check
+
+
+def _number(help_: str, least: int) -> Parameter:
+    return Parameter(help=help_, converter=_whole, validator=_least(least))
+
+
+def _flag(help_: str, name: str | None = None) -> Parameter:
+    return Parameter(name=name, help=help_, show_default=False)
 
 
 def _show_warning(message: object, *_rest: object, **_more: object) -> None:
     print(f"vitregs: {message}", file=sys.stderr)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="vitregs", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    look = commands.add_parser("diagnose", help="does this ViT have artifacts?")
-    look.add_argument("model", help="a zoo name or any timm ViT (see `vitregs models`)")
-    look.add_argument("--weights", help="local .safetensors (or PyTorch checkpoint) instead of the hub's weights")
-    look.add_argument("--images", default="scenes", help="scenes, a folder, a parquet file or folder, or a hub name")
-    look.add_argument("--split", help="split of a data set")
-    look.add_argument("--count", type=int, default=64, help="how many pictures (default 64)")
-    look.add_argument("--size", type=int, nargs="+", help="side, or height and width, in pixels (default: the model's)")
-    look.add_argument("--seed", type=int, default=0, help="which pictures are drawn (default 0)")
-    look.add_argument("--cutoff", type=float, help="fixed outlier cut-off on norms instead of the statistical rule")
-    look.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default auto)")
-    look.add_argument("--batch", type=int, default=16, help="pictures at a time (default 16)")
-    look.add_argument("--json", action="store_true", help="print JSON")
-    look.add_argument("--plot", type=Path, help="write a picture of the norms to this file (.png, .svg or .pdf)")
-
-    run = commands.add_parser(
-        "run",
-        help="execute a chapter with other models, pictures or settings",
-        add_help=False,
-        allow_abbrev=False,
-        description="Give parameters as --name value; `vitregs run CHAPTER --help` lists them.",
+def _app() -> App:
+    """The commands with their options: → App, which raises what is wrong instead of printing it."""
+    app = App(
+        name="vitregs",
+        help="Diagnose a model, run a chapter, train a recipe, list the models, show the scoreboard.",
+        version=lambda: version("vitregs"),
+        help_format="plaintext",
+        help_formatter="plain",
+        default_parameter=Parameter(negative="", json_list=False, json_dict=False),
+        print_error=False,
+        exit_on_error=False,
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
     )
-    run.add_argument("chapter", nargs="?")
-    run.add_argument("--out", type=Path, help="output notebook (default build/runs/CHAPTER.ipynb)")
-    run.add_argument("--results", type=Path, help="folder for measured results (default build/results)")
-
-    train = commands.add_parser("train", help="train a small ViT")
-    train.add_argument("recipe", nargs="?", help="a recipe's name; none lists them")
-    train.add_argument("settings", nargs="*", help="overrides, as steps=1000 lr=5e-4")
-    train.add_argument("--out", type=Path, help="folder (default runs/RECIPE)")
-    train.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default auto)")
-    train.add_argument("--list", action="store_true", help="list the runs still wanted, most informative first")
-    train.add_argument("--images", help="where the recipe's pictures lie: a folder, parquet files (default: the hub)")
-    train.add_argument("--minutes", type=float, help="stop in time, with a checkpoint; the same command goes on")
-    train.add_argument("--eager", action="store_true", help="do not compile, where there is no C compiler")
-    train.add_argument("--restart", action="store_true", help="start anew instead of resuming")
-
-    listing = commands.add_parser("models", help="list the models that can be named")
-    listing.add_argument("part", nargs="?", default="", help="show only names that contain this")
-
-    board = commands.add_parser("scoreboard", help="every claim of the paper, our number and the verdict")
-    board.add_argument("--results", type=Path, help="folder of stored results (default data/results)")
-    board.add_argument("--markdown", action="store_true", help="print the page of the book")
-    return parser
+    for command in (diagnose, train, models, scoreboard):
+        app.command(command)
+    app["models"].usage = "Usage: vitregs models [PART]"
+    app["train"].usage = "Usage: vitregs train [RECIPE [SETTING=VALUE …]] [OPTIONS]"
+    app.command(_run_app())
+    return app
 
 
-def _diagnose(words: argparse.Namespace) -> None:
-    from vitregs import backbones, images
-    from vitregs.diagnose import diagnose
-
-    if words.size and len(words.size) > 2:
-        raise Problem(f"--size takes a side, or height and width, not {len(words.size)} numbers")
-    if words.plot and words.plot.suffix not in (".png", ".svg", ".pdf"):
-        raise Problem(f"--plot writes .png, .svg or .pdf, not {words.plot.suffix or words.plot.name!r}")
-    for name, least in (("batch", 1), ("count", 1), ("seed", 0)):
-        if getattr(words, name) < least:
-            raise Problem(f"--{name} must be {least} or more, not {getattr(words, name)}")
-    backbone = backbones.load(words.model, weights=words.weights, device=words.device)
-    size = (words.size[0], words.size[-1]) if words.size else backbone.size
-    backbone.grid(size)
-    source = images.load(
-        words.images, size=size, count=words.count, seed=words.seed, split=words.split, preparation=backbone.preparation
+def _run_app() -> App:
+    """The command `run` before a chapter is named."""
+    run = App(
+        name="run",
+        help="Execute a chapter with other models, images or settings.",
+        usage="Usage: vitregs run CHAPTER [--out FILE] [--results FOLDER] [--PARAMETER VALUE …]",
     )
-    found = diagnose(backbone, source, cut=words.cutoff, batch=words.batch)
-    if words.plot:
+    run.default(_list_chapters)
+    return run
+
+
+def _list_chapters() -> None:
+    from vitregs import chapters
+
+    print("Usage: vitregs run CHAPTER [--out FILE] [--results FOLDER] [--PARAMETER VALUE …]\n\nchapters:")
+    print("\n".join(f"  {name}" for name in chapters.names()))
+
+
+def diagnose(
+    model: Annotated[str, Parameter(help="a zoo name or any timm ViT (see `vitregs models`)")],
+    /,
+    *,
+    weights: Annotated[
+        str | None, Parameter(help="local .safetensors (or PyTorch checkpoint) instead of the hub's weights")
+    ] = None,
+    images: Annotated[
+        str, Parameter(help="scenes, an image, a folder, a parquet file or folder of them, or a hub name")
+    ] = "scenes",
+    split: Annotated[str | None, Parameter(help="split of a data set")] = None,
+    count: Annotated[int, _number("how many images", 1)] = 64,
+    seed: Annotated[int, _number("which images are drawn", 0)] = 0,
+    image_column: Annotated[
+        str | None, Parameter(help="column that holds the images (default: found by its type)")
+    ] = None,
+    full_scale: Annotated[
+        float | None, Parameter(help="value of white in images of more than 8 bits (default: by type and metadata)")
+    ] = None,
+    size: Annotated[
+        list[int] | None,
+        Parameter(
+            help="side, or height and width, in pixels (default: the model's)", consume_multiple=True, converter=_wholes
+        ),
+    ] = None,
+    cutoff: Annotated[
+        float | None, Parameter(help="fixed outlier cut-off on norms instead of the statistical rule")
+    ] = None,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, …")] = "auto",
+    batch: Annotated[int, _number("images at a time", 1)] = 16,
+    precision: Annotated[str, Parameter(help="float32, or bfloat16 (faster where the processor has it)")] = "float32",
+    exact: Annotated[
+        bool, _flag("attention sinks from all queries, not from a random few: several times slower")
+    ] = False,
+    as_json: Annotated[bool, _flag("print JSON", "--json")] = False,
+    plot: Annotated[Path | None, Parameter(help=f"write a plot of the norms to this file ({', '.join(PLOTS)})")] = None,
+) -> None:
+    """Does this ViT have artifacts?"""
+    if size is not None and len(size) not in (1, 2):
+        raise Problem(f"--size takes a side, or height and width, not {len(size)} numbers")
+    if plot and plot.suffix not in PLOTS:
+        raise Problem(f"--plot writes {', '.join(PLOTS[:-1])} or {PLOTS[-1]}, not {plot.suffix or plot.name!r}")
+    if plot:
+        _check_can_write(plot)
+    from vitregs import backbones, capture
+    from vitregs import images as sources
+    from vitregs.diagnose import diagnose as look
+
+    backbone = backbones.load(model, weights=weights, device=device)
+    shape = (size[0], size[-1]) if size else backbone.size
+    backbone.grid(shape)
+    source = sources.load(
+        images,
+        size=shape,
+        count=count,
+        seed=seed,
+        split=split,
+        preparation=backbone.preparation,
+        image_column=image_column,
+        full_scale=full_scale,
+    )
+    queries = None if exact else capture.QUERIES
+    found = look(backbone, source, cut=cutoff, queries=queries, batch=batch, precision=precision)
+    print(json.dumps(found.facts(), indent=1) if as_json else found.text(), flush=True)
+    if cutoff is not None:
+        low = found.layers.loc[found.layers["median"] > cutoff, "layer"].tolist()
+        if low:
+            warnings.warn(
+                f"--cutoff {cutoff:g} lies below the median norm of {'layer' if len(low) == 1 else 'layers'} "
+                f"{', '.join(map(str, low))}: most patches count as outliers there",
+                stacklevel=1,
+            )
+    if plot:  # last: a disk that is full must not cost the report
         from vitregs import draw
         from vitregs.results import write_whole
 
         figure = draw.diagnosis(found)
-        write_whole(words.plot, lambda spare: figure.savefig(spare, format=words.plot.suffix[1:], dpi=150))
-    print(json.dumps(found.facts(), indent=1) if words.json else found.text())
+        write_whole(plot, lambda spare: figure.savefig(spare, format=plot.suffix[1:], dpi=150))
 
 
-def _run(words: argparse.Namespace, rest: Sequence[str]) -> None:
-    from vitregs import chapters, results
-
-    if words.chapter is None:
-        print("usage: vitregs run CHAPTER [--out FILE] [--results FOLDER] [--PARAMETER VALUE …]\n\nchapters:")
-        print("\n".join(f"  {name}" for name in chapters.names()))
-        return
-    chapter = chapters.find(words.chapter)
-    known = chapters.parameters(chapter)
-    if "--help" in rest or "-h" in rest:
-        print(f"usage: vitregs run {chapter} [--out FILE] [--results FOLDER] [--PARAMETER VALUE …]\n")
-        for p in known.values():
-            print(f"  --{p.name:<12} {p.type.__name__:<6} {p.help}\n{'':<22}default: {p.default!r}")
-        return
-    values, name = {}, ""
-    given: dict[str, list[str]] = {}
-    for word in rest:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            if name not in known:
-                raise unknown(f"parameter of {chapter}", name, known)
-            given[name] = [value] if value else []
-        elif name:
-            given[name].append(word)
-        else:
-            raise Problem(f"{word!r} stands alone: give parameters as --name value")
-    values = {n: known[n].parse(v) for n, v in given.items()}
-    build = results.ROOT / "build"
-    out = words.out or build / "runs" / f"{chapter}.ipynb"
-    if out.suffix != ".ipynb":
-        raise Problem(f"--out must end in .ipynb, not {out}")
-    print(chapters.execute(chapter, values, out, words.results or build / "results"))
+def _check_can_write(file: Path) -> None:
+    """Raise Problem for a file that cannot be written, before work is done for it; nothing is made."""
+    there = next(p for p in (file.absolute().parent, *file.absolute().parents) if p.exists())
+    if file.is_dir():
+        raise Problem(f"cannot write {file}: it is a folder")
+    if not there.is_dir():
+        raise Problem(f"cannot write {file}: {there.name} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Problem(f"cannot write {file}: no right to write in {there}")
 
 
-def _train(words: argparse.Namespace) -> None:
+def _chapter(name: str) -> Callable[..., None]:
+    """Make the command that runs a chapter: its name → function with an option for each of its parameters."""
+    from vitregs import chapters
+
+    known = chapters.parameters(name)
+
+    def execute(**given: Any) -> None:
+        from vitregs import results
+
+        out = given.pop("out", None) or results.BUILD / "runs" / f"{name}.ipynb"
+        if out.suffix != ".ipynb":
+            raise Problem(f"--out must end in .ipynb, not {out}")
+        stored = given.pop("results", None) or results.BUILD / "results"
+        print(chapters.execute(name, given, out, stored))
+
+    def option(word: str, kind: Any, default: Any, how: Parameter) -> Argument:
+        return Argument(word, Argument.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how])
+
+    files = [
+        option("out", Path | None, None, Parameter(help=f"output notebook (default: build/runs/{name}.ipynb)")),
+        option("results", Path | None, None, Parameter(help="folder for measured results (default: build/results)")),
+    ]
+    options = [option(p.name, *_option(p)) for p in known.values()]
+    execute.__signature__ = Signature([*options, *files])  # type: ignore[attr-defined]
+    return execute
+
+
+def _option(parameter: "chapters.Parameter") -> tuple[Any, Any, Parameter]:
+    """The option for a chapter's parameter: → type, default, how it is read. Ranges and choices are checked by the chapter."""
+    named = Parameter(
+        name=f"--{parameter.name}",
+        alias=f"--{parameter.name.replace('_', '-')}",
+        help=parameter.help,
+        show_default=repr,
+    )
+    kind, how = parameter.type, Parameter()
+    if kind is list:
+        kind, how = list[str], Parameter(consume_multiple=True, converter=_several)
+    elif kind is bool:  # a word, not a flag, since some are true by default
+        kind, how = str, Parameter(converter=_truth, metavar="BOOL")
+    elif kind is int:
+        how = Parameter(converter=_whole)
+    return kind, parameter.default, Parameter.combine(named, how)
+
+
+def train(
+    recipe: Annotated[str | None, Parameter(help="a recipe's name; none lists them")] = None,
+    /,
+    *settings: Annotated[str, Parameter(help="overrides, as steps=1000 lr=5e-4")],
+    out: Annotated[Path | None, Parameter(help="folder (default: runs/RECIPE)")] = None,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, …")] = "auto",
+    wanted: Annotated[bool, _flag("list the runs still wanted, most informative first", "--list")] = False,
+    images: Annotated[
+        str | None, Parameter(help="where the recipe's images lie: a folder, parquet files (default: the hub)")
+    ] = None,
+    minutes: Annotated[
+        float | None, Parameter(help="stop in time, with a checkpoint; the same command goes on")
+    ] = None,
+    eager: Annotated[bool, _flag("do not compile, where there is no C compiler")] = False,
+    restart: Annotated[bool, _flag("start anew instead of resuming")] = False,
+) -> None:
+    """Train a small ViT."""
     from tqdm import tqdm
 
-    from vitregs.pretrain import loop, recipe, recipes
+    from vitregs.pretrain import recipes
+    from vitregs.pretrain.recipe import parse
 
-    if words.list:
+    if wanted:
         print("\n".join(_wanted()))
         return
-    if not words.recipe:
+    if not recipe:
         print("\n".join(f"{r.name:<24} {r.about}" for r in recipes.RECIPES.values()))
         print(
             '\nAny of them with registers or another seed: "-reg4", "-seed1" behind the name. Runs still wanted: --list'
         )
         return
-    chosen = recipe.parse(recipes.recipe(words.recipe), words.settings)
-    out = words.out or Path("runs") / chosen.name
+    chosen = parse(recipes.recipe(recipe), settings)
+    from vitregs.pretrain import loop
+
     done = loop.train(
         chosen,
-        out=out,
-        device=words.device,
-        images=words.images,
-        resume=not words.restart,
-        minutes=words.minutes,
-        compiled=False if words.eager else None,
+        out=out or Path("runs") / chosen.name,
+        device=device,
+        images=images,
+        resume=not restart,
+        minutes=minutes,
+        compiled=False if eager else None,
         report=tqdm.write,
     )
     if done:
@@ -184,18 +324,70 @@ def _wanted() -> list[str]:
     return lines
 
 
-def _models(words: argparse.Namespace) -> None:
+def models(
+    part: Annotated[str, Parameter(help="show only names that contain this", show_default=False)] = "", /
+) -> None:
+    """List the models that can be named."""
     from vitregs import backbones
 
-    ours, theirs = ([n for n in names if words.part in n] for names in (backbones.zoo(), backbones.published()))
+    ours, theirs = ([n for n in names if part in n] for names in (backbones.zoo(), backbones.published()))
     print("\n".join(["trained here (data/zoo):", *(f"  {n}" for n in ours), "from timm:", *(f"  {n}" for n in theirs)]))
 
 
-def _scoreboard(words: argparse.Namespace) -> None:
+def scoreboard(
+    *,
+    results: Annotated[Path | None, Parameter(help="folder of stored results (default: data/results)")] = None,
+    markdown: Annotated[bool, _flag("print the page of the book")] = False,
+) -> None:
+    """Show every claim of the paper, our number and the verdict."""
     from vitregs import claims
 
-    board = claims.scoreboard(words.results or claims.RESULTS)
-    print(claims.page(board) if words.markdown else claims.listing(board))
+    board = claims.scoreboard(results or claims.RESULTS)
+    print(claims.page(board) if markdown else claims.listing(board))
+
+
+def _kind(argument: Any) -> str:
+    """The type of an option, in the words of its help: int, float, bool …"""
+    hint = argument.parameter.metavar or get_hint_name(argument.hint)
+    return hint.lower().removesuffix("|none").removeprefix("list[").removesuffix("]")
+
+
+def _problem(error: CycloptsError) -> Problem:
+    """Say in our words what Cyclopts found wrong."""
+    chain = list(error.command_chain or ())
+    command, name = " ".join(["vitregs", *chain]), error.argument.name if error.argument else ""
+    in_chapter = len(chain) == 2  # run CHAPTER
+    match error:
+        case UnknownCommandError():
+            word = (error.unused_tokens or [""])[0]
+            if word.startswith("-"):
+                return Problem(f"unknown argument {word!r}: see vitregs --help")
+            return unknown("command", word, COMMANDS)
+        case UnknownOptionError() if chain == ["run"]:
+            return Problem("name the chapter first: vitregs run CHAPTER --name value")
+        case UnknownOptionError():
+            known = [n for a in error.argument_collection for n in a.names if n.startswith("--")]
+            word = (error.token.keyword or error.token.value).partition("=")[0]
+            if in_chapter:
+                wrong = word.lstrip("-").replace("-", "_")
+                return unknown(f"parameter of {chain[1]}", wrong, {n[2:].replace("-", "_") for n in known})
+            return unknown("argument", word, known)
+        case UnusedCliTokensError() if in_chapter:
+            return Problem(f"{(error.unused_tokens or [''])[0]!r} stands alone: give parameters as --name value")
+        case UnusedCliTokensError():
+            return Problem(f"unknown argument {(error.unused_tokens or [''])[0]!r}: see {command} --help")
+        case CoercionError() if error.argument:
+            given = [error.token] if error.token else error.argument.tokens
+            return Problem(f"{name} takes {_kind(error.argument)}, not {' '.join(t.value for t in given)!r}")
+        case MissingArgumentError() if name.startswith("-"):
+            return Problem(f"{name} takes one value, not 0")
+        case MissingArgumentError():
+            return Problem(f"the following arguments are required: {name.lower()} (see {command} --help)")
+        case RepeatArgumentError():
+            return Problem(f"{error.token.keyword} is given twice")
+        case ValidationError():
+            return Problem(f"{name} {error.exception_message}")
+    return Problem(str(error))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -204,23 +396,20 @@ def main(words: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     words = list(sys.argv[1:] if words is None else words)
     try:
-        if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-            raise unknown("command", words[0], COMMANDS)
-        if words[:1] == ["run"] and words[1:] and words[1].startswith("-") and words[1] not in ("-h", "--help"):
-            raise Problem("name the chapter first: vitregs run CHAPTER --name value")
-        known, rest = _parser().parse_known_args(words)
-        if known.command == "train":  # argparse takes no settings behind options
-            known.settings += [w for w in rest if not w.startswith("-")]
-            rest = [w for w in rest if w.startswith("-")]
-            if not known.recipe and known.settings:
-                known.recipe = known.settings.pop(0)
-        if rest and known.command != "run":
-            raise Problem(f"unknown argument {rest[0]!r}: see vitregs {known.command} --help")
-        if known.command == "run":
-            _run(known, rest)
-        else:
-            commands = {"diagnose": _diagnose, "train": _train, "models": _models, "scoreboard": _scoreboard}
-            commands[known.command](known)
+        if not words:
+            raise Problem(f"the following arguments are required: command ({', '.join(COMMANDS)}; see vitregs --help)")
+        app = _app()
+        if words[0] == "run" and words[1:2] in (["-h"], ["--help"]):
+            del words[1:]
+        if words[0] == "run" and words[1:] and not words[1].startswith("-"):
+            from vitregs import chapters
+
+            words[1] = chapters.find(words[1])
+            app["run"].command(_chapter(words[1]), name=words[1], help=f"Execute {words[1]}.")
+        try:
+            app(words, verbose=False)
+        except CycloptsError as error:
+            raise _problem(error) from error
     except Problem as problem:
         print(f"vitregs: {problem}", file=sys.stderr)
         return 2

@@ -35,6 +35,29 @@ def unknown(what: str, name: object, choices: Iterable[str]) -> Problem:
     return Problem(f"unknown {what} {str(name)!r}: {hint}")
 
 
+EXTRAS = {  # what each optional extra of the package brings
+    "book": ("papermill", "jupyter_client", "nbclient", "ipykernel", "IPython"),
+    "train": ("kornia", "lightly", "open_clip"),
+    "hub": ("datasets", "pyarrow"),
+}
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Import packages that an extra brings, inside the block. Raises Problem naming the extra where one is not installed.
+
+    Args:
+        name: the extra, of EXTRAS.
+        what: what they are needed for, as the subject of "needs more packages".
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in EXTRAS[name]:
+            raise
+        raise Problem(f"{what} needs more packages: pip install 'vitregs[{name}]'") from error
+
+
 def _answers(address: str, seconds: float) -> bool:
     """Ask a server for any sign of life: address, patience → whether it came. A thread, as looking up a name can hang."""
     from huggingface_hub.utils import get_session
@@ -62,7 +85,7 @@ def hub(seconds: float = 4.0) -> Iterator[bool]:
     from huggingface_hub import constants
 
     clients = [constants, *(m for m in [sys.modules.get("datasets.config")] if m)]
-    before = [m.HF_HUB_OFFLINE for m in clients]  # type: ignore[attr-defined]
+    before = [m.HF_HUB_OFFLINE for m in clients]
     alive = not any(before) and _answers(constants.ENDPOINT, seconds)
     try:
         for module in clients:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
+from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ from vitregs.problems import Problem, unknown
 
 KINDS = ("cls", "register", "patch", "distillation", "summary")
 NUMBERED = ("register", "summary")  # kinds of which a model has several
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(str(files("vitregs"))).resolve()
+CHECKOUT = all((PACKAGE.parents[1] / name).is_dir() for name in ("data/paper", "notebooks"))
+ROOT = PACKAGE.parents[1] if CHECKOUT else PACKAGE / "_files"  # where data/ and notebooks/ lie
+BUILD = ROOT / "build" if CHECKOUT else Path("build")  # where results go that nobody gave a place
 
 
 def token_coords(kinds: Sequence[str], grid: tuple[int, int], dim: str = "token") -> dict[str, tuple[str, Any]]:
@@ -188,6 +192,8 @@ def file_hash(*paths: Path) -> str:
 @cache
 def _commit() -> str:
     def git(*words: str) -> str:
+        if not CHECKOUT:  # a repository around the installed package is somebody else's
+            return ""
         try:
             done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
         except OSError:  # no git here

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vitregs import decoding, results
-from vitregs.problems import Problem, hub
+from vitregs.problems import Problem, extra, hub
 
 SPLITS = ("validation", "valid", "val", "test", "train")  # the first that exists is the default
 WORDS = (*SPLITS, "dev", "testing", "training")  # what names of files and folders call a split
@@ -194,6 +194,8 @@ class Hub:
     def __init__(self, name: str, split: str | None, column: str | None = None, files: Sequence[Path] = ()) -> None:
         """Open a source: a path or a hub name, split (None: the first of SPLITS), column with the images (None: found by its
         type), its parquet files."""
+        with extra("hub", "reading parquet files and hub data sets"):
+            import datasets  # noqa: F401
         self.name, self.passed, self.others = name, list[str](), list[str]()
         self.files: list[Path] = []  # those of the split
         self.revision: str | None = None  # commit of a data set on the hub, where it tells it
@@ -387,8 +389,9 @@ def _plain(path: Path, split: str | None, column: str | None, files: Sequence[Pa
 
 def _has_images(file: Path) -> bool:
     """Whether a parquet file may have an image column; one that is damaged may."""
-    import datasets
-    import pyarrow.parquet
+    with extra("hub", "reading parquet files and hub data sets"):
+        import datasets
+        import pyarrow.parquet
 
     try:
         features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))

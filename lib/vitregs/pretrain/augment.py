@@ -6,11 +6,14 @@ appendix C).
 
 from typing import Any
 
-import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 
 from vitregs.pretrain.recipe import Dino
+from vitregs.problems import extra
+
+with extra("train", "training"):
+    import kornia.augmentation as K
 
 BLUR = (7, 7)  # kernel in pixels, with a spread of 0.1 to 2.0 as published
 

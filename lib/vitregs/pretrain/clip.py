@@ -9,8 +9,6 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vitregs.pretrain import vits
@@ -19,6 +17,11 @@ from vitregs.pretrain.feeds import Batch, Feed
 from vitregs.pretrain.recipe import Clip, Recipe
 from vitregs.pretrain.scores import right
 from vitregs.pretrain.text import Vocabulary
+from vitregs.problems import extra
+
+with extra("train", "training"):
+    from open_clip.loss import ClipLoss
+    from open_clip.transformer import TextTransformer
 
 HOTTEST = math.log(100)  # open_clip clamps the logit scale at 100
 

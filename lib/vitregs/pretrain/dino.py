@@ -9,9 +9,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from lightly.loss import DINOLoss
-from lightly.models.modules.heads import DINOProjectionHead
-from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 
 from vitregs.pretrain import vits
@@ -19,6 +16,12 @@ from vitregs.pretrain.augment import MultiCrop
 from vitregs.pretrain.feeds import Batch, Feed
 from vitregs.pretrain.recipe import Dino, Recipe
 from vitregs.pretrain.schedules import cosine, ramp
+from vitregs.problems import extra
+
+with extra("train", "training"):
+    from lightly.loss import DINOLoss
+    from lightly.models.modules.heads import DINOProjectionHead
+    from lightly.models.utils import update_momentum
 
 
 def frozen(module: nn.Module) -> nn.Module:

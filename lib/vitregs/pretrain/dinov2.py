@@ -7,13 +7,16 @@ as in the published short recipe; heads, losses and masks are lightly's. (Oquab 
 import random
 
 import torch
-from lightly.loss import IBOTPatchLoss, KoLeoLoss
-from lightly.models.utils import random_block_mask, update_momentum
 from torch import Tensor, nn
 
 from vitregs.pretrain import dino, vits
 from vitregs.pretrain.feeds import Batch, Feed
 from vitregs.pretrain.recipe import DinoV2, Recipe
+from vitregs.problems import extra
+
+with extra("train", "training"):
+    from lightly.loss import IBOTPatchLoss, KoLeoLoss
+    from lightly.models.utils import random_block_mask, update_momentum
 
 
 class Learner(dino.Learner):
