@@ -25,12 +25,16 @@ NOISE = ("white", "smooth")
 SEEDS = 4  # starts of k-means, the best of which counts
 
 
+def queries(backbone: Backbone, images: Images) -> tuple[str | int, ...]:
+    """Queries whose attention is asked for: CLS, the registers and the number of the middle patch."""
+    rows, columns = backbone.grid(images.size)
+    return "cls", "register", rows // 2 * columns + columns // 2
+
+
 def attention_maps(backbone: Backbone, images: Images, *, layer: int = -1) -> xr.DataArray:
     """Attention probabilities of CLS, each register and the middle patch to the patches, mean over heads: backbone,
     pictures, layer → [image, query, y, x], not summing to 1 (Fig 9, 16)."""
-    rows, columns = backbone.grid(images.size)
-    queries = ("cls", "register", rows // 2 * columns + columns // 2)
-    kept = capture.attention(backbone, images, layers=[layer], queries=queries)
+    kept = capture.attention(backbone, images, layers=[layer], queries=queries(backbone, images))
     return grid(kept.isel(layer=0).mean("head")).rename("attention")
 
 

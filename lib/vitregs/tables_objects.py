@@ -23,8 +23,9 @@ def compare(backbone: Backbone, images: Images, *, clusters: int, seed: int = 0)
     k-means groups the states that enter the last block, which are what its attention looks at.
     """
     seen = objects.things(images, backbone.grid(images.size))
-    maps = objects.attention_maps(backbone, images)
-    states = capture.tokens(backbone, images, layer=-2)
+    look = capture.capture(backbone, images, attention=objects.queries(backbone, images), tokens=[-2], kinds="patch")
+    maps = grid(look["attention"].isel(attention_layer=0).mean("head")).rename("attention")
+    states = look["tokens"].isel(tokens_layer=0)
     n, side = maps.sizes["image"], backbone.grid(images.size)
     found = {"CLS": (objects.of_kind(maps, "cls"), "mass"), "CLS, size known": (objects.of_kind(maps, "cls"), "oracle")}
     if backbone.registers:

@@ -163,20 +163,22 @@ def measure(
     Zero-shot needs the last layer and its norm. Raises Problem as `probe` does.
     """
     options: Any = {"layer": layer, "kinds": ("cls", "patch"), "final_norm": final_norm}
+    what: Any = {"tokens": [layer], "kinds": ("cls", "patch"), "final_norm": final_norm}
     parts, known = [], []
-    for part in images.batches(batch):
-        parts.append(capture.tokens(backbone, part.pixels, **options))
+    for part, seen in capture.stream(backbone, images, batch=batch, **what):
+        parts.append(seen)
         known.append(replace(part, pixels=part.pixels[:0]))
+    states = capture.join(parts)["tokens"].isel(tokens_layer=0)
     truth = _truth(known, images.name)
     words = backbones.words(backbone.name) if final_norm and layer in (-1, backbone.depth) else None
-    found = probe(xr.concat(parts, "image"), truth, words=words, **how)
+    found = probe(states, truth, words=words, **how)
     lowest = np.full(found.sizes["metric"], np.nan)
     if floor:
         shape = _plain(backbone) if backbone.card else backbone.name
         key = json.dumps([shape, images.key, options, how, backbone.mean, backbone.std], default=str)
         if key not in FLOORS:
-            states = capture.tokens(untrained(backbone), images, batch=batch, **options)
-            FLOORS[key] = probe(states, truth, **how)
+            blank = capture.tokens(untrained(backbone), images, batch=batch, **options)
+            FLOORS[key] = probe(blank, truth, **how)
         lowest = FLOORS[key]["score"].reindex(metric=found["metric"].values).values
     facts = {"floor": ("metric", lowest), "registers": ((), backbone.registers)}
     return found.assign(facts).assign_coords(model=backbone.name)
