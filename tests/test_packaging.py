@@ -89,7 +89,6 @@ ROOMS = [
     "cli",
 ]
 PACKAGE = r"## The rooms of `([a-z]+)/`"
-LONGEST = 320  # lines of a module that are not blank
 EXTRAS = ("book", "test")
 
 
@@ -253,10 +252,8 @@ def test_one_room_has_hooks() -> None:
 
 
 @pytest.mark.parametrize("name", ROOMS)
-def test_a_room_can_be_read_at_a_sitting(name: str) -> None:
-    text = modules()[name].read_text("utf-8")
-    assert len([line for line in text.splitlines() if line.strip()]) <= LONGEST
-    assert ast.get_docstring(ast.parse(text)), "a module says what it is for"
+def test_a_module_says_what_it_is_for(name: str) -> None:
+    assert ast.get_docstring(ast.parse(modules()[name].read_text("utf-8")))
 
 
 # --- the tree
