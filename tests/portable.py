@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests import compare
@@ -29,6 +30,7 @@ SETTINGS = {
     for name, values in ARITHMETICS.items()
     for threads in (1, 2)
 }
+TOGETHER = 2  # as in `make book`
 FREE = {name for values in SETTINGS.values() for name in values}
 
 
@@ -55,10 +57,10 @@ def main(words: list[str]) -> int:
         if name not in SETTINGS:
             raise SystemExit(str(unknown("setting", name, SETTINGS)))
     wanted = [chapters.find(name) for name in asked.chapter or chapters.names()]
+    pairs = [(chapter, setting) for chapter in wanted for setting in settings]
     table: dict[str, list[str]] = {}
-    for chapter in wanted:
-        for setting in settings:
-            found = check(chapter, setting)
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        for (chapter, setting), found in zip(pairs, pool.map(check, *zip(*pairs, strict=True)), strict=True):
             table.setdefault(chapter, []).append("ok" if not found else "DIFFERS")
             for line in found:
                 print(f"{chapter} under {setting}: {line}", flush=True)
