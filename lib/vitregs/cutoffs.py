@@ -11,6 +11,7 @@ can be missed, or both counted as one.
 """
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 from scipy.optimize import minimize
@@ -134,7 +135,17 @@ def find(norms: np.ndarray) -> Cutoff:
         raise Problem(f"{len(values)} norms are too few to look for an outlier mode: at least {LEAST_DATA} are needed")
     if not np.isfinite(values).all() or (values < 0).any():
         raise Problem("norms must be finite and not negative")
-    rule = "two modes in log norm"
+    key = sha256(values.tobytes()).digest()  # the scoreboard asks of the same norms ten times
+    if key not in _FOUND:
+        _FOUND[key] = _find(values, "two modes in log norm")
+    return _FOUND[key]
+
+
+_FOUND: dict[bytes, Cutoff] = {}
+
+
+def _find(values: np.ndarray, rule: str) -> Cutoff:
+    """The search itself, on norms that are in order."""
     median = float(np.median(values))
     if median == 0:  # no token to compare with
         return Cutoff(None, rule)
