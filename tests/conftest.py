@@ -7,10 +7,23 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import NIGHTLY
 from vitregs import results
 
 settings.register_profile("steady", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("steady")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a module's tests on one worker, as they share fixtures, and those of a chapter; leave out the nightly ones."""
+    for item in items:
+        if item.get_closest_marker("nightly") and not NIGHTLY:
+            item.add_marker(pytest.mark.skip(reason="at night: VITREGS_NIGHTLY=1"))
+        chapter = getattr(item, "callspec", None) and item.callspec.params.get("chapter")
+        group = chapter if "test_notebooks" in item.nodeid and chapter else item.nodeid.partition("::")[0]
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

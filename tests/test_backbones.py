@@ -307,12 +307,13 @@ def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "hub"
 
 
-def test_no_network_fails_in_seconds(away: Path) -> None:
-    start = time.monotonic()
+def test_no_network_fails_without_waiting(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)  # between tries
     says = problem(backbones.load, "test_vit.r160_in1k")
     assert "cannot fetch the weights of test_vit.r160_in1k from the hub" in says
     assert "--weights" in says
-    assert time.monotonic() - start < 8
+    assert sum(waits) < 8
 
 
 def test_a_model_without_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,9 +126,9 @@ def test_the_scoreboard_is_shown(
     assert all((chapters.NOTEBOOKS / f"{name}.ipynb").exists() for name in re.findall(r"notebooks/(\w+)\.ipynb", page))
     text = claims.listing(board)
     assert text.endswith(f"{len(board)} claims: {claims.counts(board)}")
-    work = claims.scoreboard
-    monkeypatch.setattr(claims, "scoreboard", lambda folder: board if folder == claims.RESULTS else work(folder))
-    assert cli.main(["scoreboard", "--markdown"]) == 0
+    with monkeypatch.context() as patch:  # judged once is enough
+        patch.setattr(claims, "scoreboard", lambda folder: board if folder == claims.RESULTS else None)
+        assert cli.main(["scoreboard", "--markdown"]) == 0
     assert capsys.readouterr().out.strip() == page.strip()
     assert cli.main(["scoreboard", "--results", "nowhere/at/all"]) == 2
     assert capsys.readouterr().err.startswith("vitregs: cannot read results nowhere/at/all/")

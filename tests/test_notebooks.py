@@ -1,25 +1,22 @@
 """The notebooks: their form, their stored outputs against a fresh run, and other models through papermill."""
 
 import ast
-import configparser
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import numpy as np
 import pytest
-import xarray as xr
 
+from tests import compare
 from vitregs import backbones, chapters, results
 
 CHAPTERS = chapters.names()
-CONFIG = Path(__file__).parent / "nbval.cfg"
 MEASURING = ("models", "weights", "images", "count", "size", "seed", "device")  # what a chapter on models can be told
 TRAINING = ("settings", "images", "device")  # and one that trains
 
@@ -239,82 +236,42 @@ def test_stored_outputs_are_those_of_one_whole_run(chapter: str) -> None:
     assert re.findall(r"^\W*(?:AGREES|TODO|TBD|FIXME|XXX)\b.*", text, re.MULTILINE) == []
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[int, str, Path]]:
-    """Run a chapter at its defaults under nbval, measuring everything anew: chapter → exit code, report, results."""
-
-    @cache
-    def run(chapter: str) -> tuple[int, str, Path]:
-        folder = tmp_path_factory.mktemp(chapter)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-        command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
-        command += ["--nbval-sanitize-with", str(CONFIG), str(chapters.NOTEBOOKS / f"{chapter}.ipynb")]
-        done = subprocess.run(
-            command,
-            cwd=results.ROOT,
-            env=environment | {"VITREGS_RESULTS": str(folder)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout + done.stderr, folder / chapter
-
-    return run
+def built(chapter: str) -> tuple[Path, Path]:
+    """A chapter as the build has executed it, or executed now where that is older than its sources: → notebook, results."""
+    book, folder = results.ROOT / "build" / "notebooks" / f"{chapter}.ipynb", results.ROOT / "build" / "results"
+    sources = [chapters.NOTEBOOKS / f"{chapter}.ipynb", *(results.ROOT / "lib" / "vitregs").rglob("*.py")]
+    sources += [p for name in ("paper", "zoo") for p in (results.ROOT / "data" / name).rglob("*") if p.is_file()]
+    if not book.is_file() or book.stat().st_mtime < max(p.stat().st_mtime for p in sources):
+        chapters.execute(chapter, {}, book, folder)
+    return book, folder
 
 
 @each
-def test_stored_outputs_come_out_again(chapter: str, fresh: Callable[[str], tuple[int, str, Path]]) -> None:
+def test_stored_outputs_and_figure_data_come_out_again(chapter: str) -> None:
+    """The build has executed each chapter once: that execution is held against the stored one."""
     needs_outputs(chapter)
-    status, report, folder = fresh(chapter)
-    assert status == 0, report[-6000:]
-    assert re.search(rf"\b{len(code(chapter))} passed", report), report[-2000:]
-    assert list(folder.glob("*.nc")) or chapter not in MODELS, "nothing was measured"
+    book, folder = built(chapter)
+    assert compare.chapter(chapter, book, folder) == []
+    assert list((folder / chapter).glob("*.nc")) or chapter not in MODELS, "nothing was measured"
 
 
-@each_on_models
-def test_stored_figure_data_come_out_again(chapter: str, fresh: Callable[[str], tuple[int, str, Path]]) -> None:
-    """nbval compares no pictures, so the arrays behind them are compared.
-
-    Scenes and weights are the same bits everywhere; sums of float32 in another order (threads, vector width) differ by
-    about 1e-6 each and a few 1e-5 after eight blocks. One part in a thousand of the largest value is far above that and
-    far below anything that can be seen in a figure.
-    """
-    kept = {p.name: p for p in (results.ROOT / "data" / "results" / chapter).glob("*.nc")}
-    if not kept:
-        pytest.skip(f"data/results/{chapter} holds no arrays yet: make notebooks")
-    _, report, folder = fresh(chapter)
-    assert {p.name for p in folder.glob("*.nc")} == kept.keys(), report[-2000:]
-    for name, path in kept.items():
-        first, second = results.load(path), results.load(folder / name)
-        xr.testing.assert_equal(first.coords.to_dataset(), second.coords.to_dataset())
-        assert first.data_vars.keys() == second.data_vars.keys()
-        for key, old in first.data_vars.items():
-            new = second[key]
-            assert old.dims == new.dims
-            scale = float(np.nanmax(np.abs(old))) if old.size and old.notnull().any() else 1.0
-            np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-3 * scale, err_msg=f"{name}: {key}")
-
-
-def test_the_comparison_forgives_dates_but_no_numbers() -> None:
-    config = configparser.ConfigParser()
-    config.read(CONFIG)
-    rules = [(re.compile(config[s]["regex"]), config[s]["replace"]) for s in config.sections()]
-
-    def clean(text: str) -> str:
-        for pattern, replace in rules:
-            text = pattern.sub(replace, text)
-        return text
-
-    same = [
-        ("made 2026-11-21", "made 2027-01-02"),
-        ("2026-11-21T10:11:12.5Z", "2026-11-22T00:11:12Z"),
-        ("<a at 0x7f07cf359d00>", "<a at 0x55aa12345678>"),
-        ("took 1.25 s", "took 14 s"),
-        ("/ipykernel_12/345.py:3", "/ipykernel_99/1.py:3"),
-    ]
-    assert [(a, b) for a, b in same if clean(a) != clean(b)] == []
-    kept = ["Figure size 640x480", "12.34 %", "model 0.25 [0.20, 0.31]", "8 layers, 64 pictures", "2.5 x the median"]
-    assert [t for t in kept if clean(t) != t] == []
+@pytest.mark.nightly
+@each
+def test_nbval_agrees(chapter: str, tmp_path: Path) -> None:
+    """Every cell as nbval runs it, without papermill and with everything measured anew."""
+    needs_outputs(chapter)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    words = ["-m", "pytest", "-p", "tests.compare", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=3600"]
+    done = subprocess.run(
+        [sys.executable, *words, str(chapters.NOTEBOOKS / f"{chapter}.ipynb")],
+        cwd=results.ROOT,
+        env=environment | {"VITREGS_RESULTS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert re.search(rf"\b{len(code(chapter))} passed", done.stdout), done.stdout[-2000:]
 
 
 # --- other models, other pictures
