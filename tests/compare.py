@@ -10,7 +10,7 @@ says so in its metadata, with the reason:
     "vitregs": {"tolerance": {"decimals": 1.25, "counts": 2, "because": "two images of 160 may be classed otherwise"}}
 
 `decimals` and `relative` (of the number) are added to what a number with decimals may differ by, `counts` is what a whole
-number may. Pictures must be
+number may. Images must be
 there; the arrays behind them are compared by `arrays`, under the rules of `CHOSEN`.
 
 The same comparison serves the build's own execution (`tests/test_notebooks.py`, where nothing is run again), other
@@ -30,7 +30,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from vitregs import results
+from vitregs import paths
+from vitregs.cache import load_dataset
 
 CONFIG = Path(__file__).parent / "nbval.cfg"
 RELATIVE = 1e-3  # of a printed number, and of an array's largest value
@@ -73,8 +74,8 @@ def skeleton(text: str) -> tuple[str, list[str]]:
     """Cut a text into words and numbers: text → text with `#` for each number and one space for each gap, numbers."""
     text = clean(text)
     # NumPy and pandas pad numbers, so that a longer one moves the others
-    words = re.sub(r"([\[(]) ", r"\1", re.sub(r"\s+", " ", NUMBER.sub("#", text))).strip()
-    return words, NUMBER.findall(text)
+    message = re.sub(r"([\[(]) ", r"\1", re.sub(r"\s+", " ", NUMBER.sub("#", text))).strip()
+    return message, NUMBER.findall(text)
 
 
 def _unit(number: str) -> float:
@@ -110,7 +111,7 @@ def _joined(text: Any) -> str:
 
 
 def _parts(outputs: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """What is compared of a cell's outputs, in order: (kind, text); the text of a picture is empty."""
+    """What is compared of a cell's outputs, in order: (kind, text); the text of an image is empty."""
     parts: list[tuple[str, str]] = []
     for output in outputs:
         kind = output["output_type"]
@@ -241,7 +242,7 @@ def arrays(old: Path, new: Path) -> list[str]:
         for name in sorted(first.keys() ^ second.keys())
     ]
     for name in sorted(first.keys() & second.keys()):
-        a, b = results.load(first[name]), results.load(second[name])
+        a, b = load_dataset(first[name]), load_dataset(second[name])
         try:
             xr.testing.assert_equal(a.coords.to_dataset(), b.coords.to_dataset())
             assert {k: (v.dims, v.dtype) for k, v in a.items()} == {k: (v.dims, v.dtype) for k, v in b.items()}
@@ -281,6 +282,6 @@ def values(old: xr.DataArray, new: xr.DataArray, chosen: Chosen | None = None) -
 
 def chapter(name: str, book: Path, measured: Path) -> list[str]:
     """Compare one execution of a chapter with what is stored: name, notebook, results folder → lines, none if equal."""
-    return notebooks(results.ROOT / "notebooks" / f"{name}.ipynb", book) + arrays(
-        results.ROOT / "data" / "results" / name, measured / name
+    return notebooks(paths.ROOT / "notebooks" / f"{name}.ipynb", book) + arrays(
+        paths.ROOT / "data" / "results" / name, measured / name
     )

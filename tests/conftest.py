@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 from tests import NIGHTLY
-from vitregs import results
+from vitregs import paths
 
 settings.register_profile("steady", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("steady")
@@ -28,20 +28,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real weights and pictures; tests that need it are skipped where it is absent."""
-    folder = Path(os.environ.get("VITREGS_SHARED_DATA", results.ROOT.parent / "shared" / "data"))
+    """The folder with real weights and images; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("VITREGS_SHARED_DATA", paths.ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip("no real weights and pictures here: set VITREGS_SHARED_DATA to their folder")
+        pytest.skip("no real weights and images here: set VITREGS_SHARED_DATA to their folder")
     return folder
 
 
 @pytest.fixture(scope="module")
 def little_to_watch() -> Iterator[None]:
-    """Fewer held-out pictures, so that a look at a network in training takes no time."""
-    from vitregs.pretrain import loop, scores
+    """Fewer held-out images, so that a look at a network in training takes no time."""
+    from vitregs.train import evaluation, loop
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WATCHED", "SCORED", "QUERIES", "BANK"):
             patch.setattr(loop, name, 16)
-        patch.setattr(scores, "PROBED", 48)
+        patch.setattr(evaluation, "PROBED", 48)
         yield

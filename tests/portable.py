@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests import compare
-from vitregs import chapters, results
-from vitregs.problems import unknown
+from vitregs import paths
+from vitregs.book import parameters
+from vitregs.errors import unknown
 
 ARITHMETICS: dict[str, dict[str, str]] = {
     "default": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"},
@@ -39,24 +40,24 @@ def check(chapter: str, setting: str) -> list[str]:
     environment = {k: v for k, v in os.environ.items() if k not in FREE} | SETTINGS[setting]
     with tempfile.TemporaryDirectory() as place:
         book, folder = Path(place) / f"{chapter}.ipynb", Path(place) / "results"
-        words = [sys.executable, "-m", "vitregs.cli", "run", chapter, "--out", str(book), "--results", str(folder)]
-        done = subprocess.run(words, cwd=results.ROOT, env=environment, capture_output=True, text=True, check=False)
+        message = [sys.executable, "-m", "vitregs.cli", "run", chapter, "--out", str(book), "--results", str(folder)]
+        done = subprocess.run(message, cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             return [f"ended with {done.returncode}", *(done.stdout + done.stderr).splitlines()[-40:]]
         return compare.chapter(chapter, book, folder)
 
 
-def main(words: list[str]) -> int:
+def main(message: list[str]) -> int:
     """Run what the words ask for and print the table: words of the command line → 0 if nothing differs, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tests.portable", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--setting", action="append", help=f"one of {', '.join(SETTINGS)} (default: all)")
     parser.add_argument("--chapter", action="append", help="number or name of a chapter (default: all)")
-    asked = parser.parse_args(words)
-    settings = asked.setting or list(SETTINGS)
+    requested = parser.parse_args(message)
+    settings = requested.setting or list(SETTINGS)
     for name in settings:
         if name not in SETTINGS:
             raise SystemExit(str(unknown("setting", name, SETTINGS)))
-    wanted = [chapters.find(name) for name in asked.chapter or chapters.names()]
+    wanted = [parameters.find(name) for name in requested.chapter or parameters.names()]
     pairs = [(chapter, setting) for chapter in wanted for setting in settings]
     table: dict[str, list[str]] = {}
     with ThreadPoolExecutor(TOGETHER) as pool:

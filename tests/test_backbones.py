@@ -11,11 +11,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from vitregs import backbones, images, problems, results
-from vitregs.backbones import Backbone
-from vitregs.preparation import Preparation
-from vitregs.pretrain.recipe import Recipe
-from vitregs.problems import Problem
+from vitregs import cache, hub
+from vitregs.data import images
+from vitregs.data.preparation import Preparation
+from vitregs.errors import InputError
+from vitregs.models import registry
+from vitregs.models.backbone import FACTS, Backbone
+from vitregs.train.config import Recipe
 
 IMAGENETTE = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]  # its ten classes among the 1000 of ImageNet
 PICO = Recipe("pico-test", "made by a test", registers=2, image_size=32)
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:timm.layers", "igno
 
 
 def problem(call, *args: object, **kw: object) -> str:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(InputError) as caught:
         call(*args, **kw)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -47,13 +49,13 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "vit": vit,
         "mean": [0.4, 0.4, 0.4],
         "std": [0.2, 0.2, 0.2],
-        "weights": results.file_hash(folder / "weights.safetensors"),
+        "weights": cache.file_hash(folder / "weights.safetensors"),
         "accuracy": 0.5,
         "minutes": 1.0,
         "provenance": {},
     }
     (folder / "recipe.json").write_text(json.dumps(card))
-    monkeypatch.setattr(backbones, "ZOO", folder.parent)
+    monkeypatch.setattr(registry, "ZOO", folder.parent)
     return folder
 
 
@@ -61,7 +63,7 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("vit_smal_patch16_224", "did you mean 'vit_small_patch16_224'"),
         ("vit_base_patch14_dinov2_reg4", "did you mean"),
@@ -75,24 +77,24 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("vit_small_r26_s32_224", "is not a plain ViT"),
     ],
 )
-def test_names_that_cannot_be_loaded(name: str, says: str) -> None:
-    for call in (backbones.load, backbones.check, backbones.random):
-        assert says in problem(call, name)
+def test_names_that_cannot_be_loaded(name: str, message: str) -> None:
+    for call in (registry.load, registry.check, registry.random):
+        assert message in problem(call, name)
 
 
 def test_a_misspelt_zoo_name_finds_the_zoo(zoo: Path) -> None:
-    assert "did you mean 'pico-test'" in problem(backbones.load, "pico-tets")
-    assert backbones.zoo() == ["pico-test"]
+    assert "did you mean 'pico-test'" in problem(registry.load, "pico-tets")
+    assert registry.zoo() == ["pico-test"]
 
 
 def test_published_names_are_vits_of_timm() -> None:
-    names = backbones.published()
+    names = registry.published()
     assert len(names) > 200
     assert {"vit_large_patch14_dinov2", "vit_large_patch14_reg4_dinov2", "deit3_base_patch16_224"} <= set(names)
     assert {"eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"} <= set(names)
     assert not {"resnet50", "swin_tiny_patch4_window7_224"} & set(names)
     for name in names[::40]:
-        backbones.check(name)
+        registry.check(name)
 
 
 # --- what is read from the model
@@ -115,7 +117,7 @@ def test_published_names_are_vits_of_timm() -> None:
 def test_facts_are_read_from_the_model(
     name: str, prefix: int, registers: int, patch: int, depth: int, width: int
 ) -> None:
-    bare = backbones.random(name, depth=2)
+    bare = registry.random(name, depth=2)
     assert (bare.prefix, bare.registers, bare.patch_size) == (prefix, registers, (patch, patch))
     assert (bare.depth, bare.width) == (depth, width)
     assert bare.has_cls == (prefix > registers)
@@ -133,7 +135,7 @@ def test_facts_are_read_from_the_model(
 
 
 def test_normalise() -> None:
-    bare = backbones.random("test_vit")
+    bare = registry.random("test_vit")
     pixels = torch.rand(2, 3, 4, 5)
     for c in range(3):
         assert torch.allclose(bare.normalise(pixels)[:, c], (pixels[:, c] - bare.mean[c]) / bare.std[c])
@@ -143,7 +145,7 @@ def test_random_weights_follow_the_seed_and_leave_the_global_one() -> None:
     torch.manual_seed(5)
     before = torch.rand(1)
     torch.manual_seed(5)
-    one, two, other = (backbones.random("test_vit", seed=s) for s in (0, 0, 1))
+    one, two, other = (registry.random("test_vit", seed=s) for s in (0, 0, 1))
     assert torch.equal(torch.rand(1), before)
     pixels = torch.rand(1, 3, 160, 160)
     assert torch.equal(one.logits(pixels), two.logits(pixels))
@@ -154,10 +156,10 @@ def test_random_weights_follow_the_seed_and_leave_the_global_one() -> None:
 
 
 def test_zoo_model(zoo: Path) -> None:
-    ours = backbones.load("pico-test", device="cpu")
+    ours = registry.load("pico-test", device="cpu")
     assert (ours.registers, ours.prefix, ours.depth, ours.width) == (2, 3, 8, 96)
     assert (ours.size, ours.patch_size, ours.mean, ours.std) == ((32, 32), (8, 8), (0.4,) * 3, (0.2,) * 3)
-    assert ours.weights == results.file_hash(zoo / "weights.safetensors")
+    assert ours.weights == cache.file_hash(zoo / "weights.safetensors")
     assert "zoo" in ours.source
     torch.manual_seed(1)
     net = timm.models.VisionTransformer(**PICO.vit(), num_classes=64).eval()
@@ -168,25 +170,25 @@ def test_zoo_model(zoo: Path) -> None:
 
 
 def test_zoo_model_with_other_weights(zoo: Path, tmp_path: Path) -> None:
-    other = {k: v + 1 for k, v in state(backbones.load("pico-test")).items()}
+    other = {k: v + 1 for k, v in state(registry.load("pico-test")).items()}
     save_file(other, tmp_path / "other.safetensors")
-    ours = backbones.load("pico-test", weights=tmp_path / "other.safetensors", device="cpu")
+    ours = registry.load("pico-test", weights=tmp_path / "other.safetensors", device="cpu")
     assert all(torch.equal(v, other[k]) for k, v in state(ours).items())
     assert ours.source == "other.safetensors"
-    assert ours.weights == results.file_hash(tmp_path / "other.safetensors")
+    assert ours.weights == cache.file_hash(tmp_path / "other.safetensors")
 
 
 def test_damaged_zoo(zoo: Path) -> None:
     card = json.loads((zoo / "recipe.json").read_text())
     for text in ("{", "{}", json.dumps({**card, "vit": {"colour": 3}}), json.dumps({**card, "mean": 3})):
         (zoo / "recipe.json").write_text(text)
-        assert "is not a recipe of the zoo" in problem(backbones.load, "pico-test")
+        assert "is not a recipe of the zoo" in problem(registry.load, "pico-test")
     (zoo / "recipe.json").write_text(json.dumps(card))
-    changed = {k: v + 1 for k, v in state(backbones.load("pico-test")).items()}
+    changed = {k: v + 1 for k, v in state(registry.load("pico-test")).items()}
     save_file(changed, zoo / "weights.safetensors")
-    assert "does not have the hash" in problem(backbones.load, "pico-test")
+    assert "does not have the hash" in problem(registry.load, "pico-test")
     (zoo / "weights.safetensors").unlink()
-    assert "no weight file" in problem(backbones.load, "pico-test")
+    assert "no weight file" in problem(registry.load, "pico-test")
 
 
 # --- weight files
@@ -194,7 +196,7 @@ def test_damaged_zoo(zoo: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> Backbone:
-    return backbones.random("test_vit", seed=3)
+    return registry.random("test_vit", seed=3)
 
 
 @pytest.mark.parametrize("wrap", [None, "model", "state_dict", "teacher"])
@@ -205,13 +207,13 @@ def test_weights_from_a_file(tiny: Backbone, tmp_path: Path, kind: str, wrap: st
         save_file({k: v.half() for k, v in state(tiny).items()}, file)
     else:
         torch.save({wrap: state(tiny), "epoch": 3} if wrap else state(tiny), file)
-    ours = backbones.load("test_vit", weights=file, device="cpu")
+    ours = registry.load("test_vit", weights=file, device="cpu")
     exact = kind != "safetensors"
     for k, v in state(ours).items():
         assert v.dtype == torch.float32
         assert torch.equal(v, tiny.net.state_dict()[k] if exact else tiny.net.state_dict()[k].half().float())
-    assert ours.weights == results.file_hash(file)
-    assert backbones.load("test_vit", weights=str(file), device="cpu").weights == ours.weights
+    assert ours.weights == cache.file_hash(file)
+    assert registry.load("test_vit", weights=str(file), device="cpu").weights == ours.weights
 
 
 class _Payload:
@@ -226,9 +228,9 @@ class _Payload:
 def test_code_in_a_checkpoint_never_runs(tmp_path: Path, legacy: bool) -> None:
     bait, file = tmp_path / "it-ran", tmp_path / "w.pth"
     torch.save({"model": _Payload(str(bait))}, file, _use_new_zipfile_serialization=not legacy)
-    assert "holds code besides tensors, which is never run" in problem(backbones.load, "test_vit", weights=file)
+    assert "holds code besides tensors, which is never run" in problem(registry.load, "test_vit", weights=file)
     file.write_bytes(pickle.dumps(_Payload(str(bait))))
-    assert "cannot read weights" in problem(backbones.load, "test_vit", weights=file)
+    assert "cannot read weights" in problem(registry.load, "test_vit", weights=file)
     assert not bait.exists()
     with open(file, "rb") as opened:
         pickle.load(opened).close()  # noqa: S301 - the bait does work
@@ -236,9 +238,9 @@ def test_code_in_a_checkpoint_never_runs(tmp_path: Path, legacy: bool) -> None:
 
 
 def test_unreadable_files(tiny: Backbone, tmp_path: Path) -> None:
-    load = lambda name: problem(backbones.load, "test_vit", weights=tmp_path / name)  # noqa: E731
+    load = lambda name: problem(registry.load, "test_vit", weights=tmp_path / name)  # noqa: E731
     assert "no weight file" in load("gone.safetensors")
-    assert "no weight file in" in problem(backbones.load, "test_vit", weights=tmp_path)
+    assert "no weight file in" in problem(registry.load, "test_vit", weights=tmp_path)
     save_file(state(tiny), tmp_path / "w.safetensors")
     torch.save(state(tiny), tmp_path / "w.pth")
     for name in ("w.safetensors", "w.pth"):
@@ -258,7 +260,7 @@ def test_unreadable_files(tiny: Backbone, tmp_path: Path) -> None:
 def test_files_that_do_not_fit(tiny: Backbone, tmp_path: Path) -> None:
     def load(some: dict[str, torch.Tensor], name: str = "test_vit") -> str:
         save_file(some, tmp_path / "w.safetensors")
-        return problem(backbones.load, name, weights=tmp_path / "w.safetensors")
+        return problem(registry.load, name, weights=tmp_path / "w.safetensors")
 
     whole = state(tiny)
     assert "1 tensors are missing, 'norm.bias' first" in load({k: v for k, v in whole.items() if k != "norm.bias"})
@@ -275,22 +277,22 @@ def test_registers_are_not_dropped_in_silence(tmp_path: Path) -> None:
 
     def load(state: dict[str, torch.Tensor]) -> str:
         save_file(state, tmp_path / "reg.safetensors")
-        net, convert = backbones._build("vit_small_patch14_dinov2", depth=2)
-        return problem(backbones._filled, net, convert, tmp_path / "reg.safetensors", "the one without")
+        net, convert = registry._build("vit_small_patch14_dinov2", depth=2)
+        return problem(registry._filled, net, convert, tmp_path / "reg.safetensors", "the one without")
 
-    says = load(state(backbones.random("vit_small_patch14_reg4_dinov2", depth=2)))
-    assert "does not fit the one without" in says
-    deeper = backbones.random("vit_small_patch14_dinov2", depth=3)
+    message = load(state(registry.random("vit_small_patch14_reg4_dinov2", depth=2)))
+    assert "does not fit the one without" in message
+    deeper = registry.random("vit_small_patch14_dinov2", depth=3)
     assert "have no place in it, 'blocks.2" in load(state(deeper))
 
 
 def test_a_missing_head_does_not_answer(tiny: Backbone, tmp_path: Path) -> None:
     body = {k: v for k, v in state(tiny).items() if not k.startswith("head.")}
     save_file(body, tmp_path / "w.safetensors")
-    ours = backbones.load("test_vit", weights=tmp_path / "w.safetensors", device="cpu")
+    ours = registry.load("test_vit", weights=tmp_path / "w.safetensors", device="cpu")
     assert all(torch.equal(v, body[k]) for k, v in state(ours).items())
     assert "has no trained head" in problem(ours.logits, torch.rand(1, 3, 160, 160))
-    dino = backbones.random("vit_small_patch14_dinov2", depth=1)
+    dino = registry.random("vit_small_patch14_dinov2", depth=1)
     assert "has no trained head" in problem(dino.logits, torch.rand(1, 3, 28, 28))
 
 
@@ -310,15 +312,15 @@ def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_no_network_fails_without_waiting(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)  # between tries
-    says = problem(backbones.load, "test_vit.r160_in1k")
-    assert "cannot fetch the weights of test_vit.r160_in1k from the hub" in says
-    assert "--weights" in says
+    message = problem(registry.load, "test_vit.r160_in1k")
+    assert "cannot fetch the weights of test_vit.r160_in1k from the hub" in message
+    assert "--weights" in message
     assert sum(waits) < 8
 
 
 def test_a_model_without_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problems, "_answers", lambda *_: True)
-    assert "none are published" in problem(backbones.load, "test_vit4")
+    monkeypatch.setattr(hub, "_answers", lambda *_: True)
+    assert "none are published" in problem(registry.load, "test_vit4")
 
 
 def test_cached_weights_need_no_network(away: Path, tiny: Backbone) -> None:
@@ -327,7 +329,7 @@ def test_cached_weights_need_no_network(away: Path, tiny: Backbone) -> None:
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
     save_file(state(tiny), repo / "snapshots" / "abc" / "model.safetensors")
-    ours = backbones.load("test_vit.r160_in1k", device="cpu")
+    ours = registry.load("test_vit.r160_in1k", device="cpu")
     assert all(torch.equal(v, tiny.net.state_dict()[k]) for k, v in state(ours).items())
     assert (ours.source, ours.weights) == ("hub", "timm/test_vit.r160_in1k")
 
@@ -336,34 +338,34 @@ def test_cached_weights_need_no_network(away: Path, tiny: Backbone) -> None:
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backbones.pick_device("cpu") == torch.device("cpu")
-    assert "device 'abacus' is not available here" in problem(backbones.pick_device, "abacus")
+    assert registry.pick_device("cpu") == torch.device("cpu")
+    assert "device 'abacus' is not available here" in problem(registry.pick_device, "abacus")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert backbones.pick_device("auto") == torch.device("cpu")
+    assert registry.pick_device("auto") == torch.device("cpu")
 
 
 def test_cuda_where_absent() -> None:
     name = "cuda:99" if torch.cuda.is_available() else "cuda"
     assert f"device '{name}' is not available here: use auto or cpu" in problem(
-        backbones.load, "test_vit", weights="unread", device=name
+        registry.load, "test_vit", weights="unread", device=name
     )
 
 
-# --- picture sizes and position tables
+# --- image sizes and position tables
 
 
 @pytest.mark.parametrize("size", [(30, 32), (32, 30), (0, 16), (5, 5)])
 def test_sizes_that_do_not_fit(tiny: Backbone, size: tuple[int, int]) -> None:
-    says = problem(tiny.grid, size)
-    assert f"image size {size[0]}x{size[1]} is not a multiple of the patch size 16" in says
-    nearest = tuple(int(n) for n in says.rsplit(" ", 1)[1].split("x"))
+    message = problem(tiny.grid, size)
+    assert f"image size {size[0]}x{size[1]} is not a multiple of the patch size 16" in message
+    nearest = tuple(int(n) for n in message.rsplit(" ", 1)[1].split("x"))
     assert all(n % 16 == 0 and n > 0 and abs(n - s) <= 16 for n, s in zip(nearest, size, strict=True))
     if min(size):
-        assert says == problem(tiny.prepare, torch.rand(1, 3, *size))
+        assert message == problem(tiny.prepare, torch.rand(1, 3, *size))
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (2, 4, 32, 32), (32,)])
-def test_shapes_that_are_not_pictures(tiny: Backbone, shape: tuple[int, ...]) -> None:
+def test_shapes_that_are_not_images(tiny: Backbone, shape: tuple[int, ...]) -> None:
     assert "pixels must have the shape (n, 3, height, width)" in problem(tiny.prepare, torch.rand(shape))
 
 
@@ -389,7 +391,7 @@ ROUND = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", ROUND)
 def test_there_and_back_is_exact(name: str) -> None:
-    bare = backbones.random(name, img_size=112, **ROUND[name])
+    bare = registry.random(name, img_size=112, **ROUND[name])
     for k, v in bare.net.named_parameters():
         if "relative" in k or "gamma" in k or "ls" in k.split("."):
             torch.nn.init.normal_(v)  # what timm starts at zero or nearly so would hide a fault
@@ -414,8 +416,8 @@ def test_there_and_back_is_exact(name: str) -> None:
 @pytest.mark.parametrize("grid", [(3, 7), (12, 5), (20, 22)])
 def test_resizing_is_timms_own(name: str, grid: tuple[int, int]) -> None:
     options = {} if name == "test_vit" else {"depth": 2, "img_size": 112}
-    ours = backbones.random(name, **options)
-    theirs = backbones.random(name, dynamic_img_size=True, **options).net
+    ours = registry.random(name, **options)
+    theirs = registry.random(name, dynamic_img_size=True, **options).net
     p = ours.patch_size[0]
     x = torch.randn(1, 3, grid[0] * p, grid[1] * p)
     ours.fit((grid[0] * p, grid[1] * p))
@@ -424,7 +426,7 @@ def test_resizing_is_timms_own(name: str, grid: tuple[int, int]) -> None:
 
 def test_dinov2_without_registers_is_resized_without_antialiasing() -> None:
     def table(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        bare = backbones.random(name, depth=1)
+        bare = registry.random(name, depth=1)
         original = bare.net.pos_embed.clone()
         bare.fit((14 * 5, 14 * 8))
         return original, bare.net.pos_embed
@@ -445,10 +447,10 @@ def test_dinov2_without_registers_is_resized_without_antialiasing() -> None:
 
 
 def test_facts_of_published_models() -> None:
-    giant = next(f for p, f in backbones.FACTS.items() if fnmatch("vit_giant_patch14_dinov2.lvd142m", p))
+    giant = next(f for p, f in FACTS.items() if fnmatch("vit_giant_patch14_dinov2.lvd142m", p))
     assert giant.cutoff == 150.0
     assert giant.cutoff_source
-    assert backbones.random("vit_small_patch16_224.dino", depth=1).facts.cutoff is None
+    assert registry.random("vit_small_patch16_224.dino", depth=1).facts.cutoff is None
 
 
 # --- a real published ViT
@@ -457,7 +459,7 @@ def test_facts_of_published_models() -> None:
 @pytest.mark.slow
 def test_deit_tiny_classifies_imagenette(shared_data: Path) -> None:
     file = shared_data / "deit-tiny" / "deit_tiny_patch16_224.safetensors"
-    deit = backbones.load("deit_tiny_patch16_224", weights=file)
+    deit = registry.load("deit_tiny_patch16_224", weights=file)
     source = shared_data / "imagenette-224" / "validation-00000-of-00001.parquet"
     hits = total = 0
     for part in images.load(str(source), size=deit.size, preparation=deit.preparation).batches(50):

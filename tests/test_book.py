@@ -125,20 +125,20 @@ def test_every_local_link_leads_somewhere(pages: Soups) -> None:
     assert broken == []
 
 
-def test_every_picture_has_words(pages: Soups) -> None:
-    pictures = [(name(p), i.get("src", ""), (i.get("alt") or "").strip()) for p, s in pages.items() for i in s("img")]
-    assert pictures
+def test_every_image_has_a_caption(pages: Soups) -> None:
+    images = [(name(p), i.get("src", ""), (i.get("alt") or "").strip()) for p, s in pages.items() for i in s("img")]
+    assert images
     # Sphinx fills a missing text with the file's name
-    assert [p for p in pictures if not p[2] or re.search(r"\.(png|svg|jpe?g|gif)$|_images/", p[2])] == []
+    assert [p for p in images if not p[2] or re.search(r"\.(png|svg|jpe?g|gif)$|_images/", p[2])] == []
 
 
 def test_every_figure_of_a_chapter_is_numbered_and_captioned(chapters: Soups) -> None:
     for page, soup in chapters.items():
-        pictures = soup.select(".bd-article img")
-        assert pictures, f"{name(page)} has no figure"
-        for picture in pictures:
-            figure = picture.find_parent("figure")
-            assert figure is not None, f"{name(page)}: {picture['src']} is not a figure"
+        images = soup.select(".bd-article img")
+        assert images, f"{name(page)} has no figure"
+        for image in images:
+            figure = image.find_parent("figure")
+            assert figure is not None, f"{name(page)}: {image['src']} is not a figure"
             assert re.match(r"Fig\. \d", figure.select_one("figcaption .caption-number").get_text())
             assert len(figure.select_one("figcaption .caption-text").get_text(" ", strip=True)) > 20
 
@@ -230,9 +230,9 @@ def test_every_page_opens_in_silence_and_fits(context: "playwright.BrowserContex
     for page in pages:
         open_page(tab, page)
         tab.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
-        shown, room = tab.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
-        if shown > room + 1:
-            wide.append((name(page), shown, room))
+        shown, available = tab.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+        if shown > available + 1:
+            wide.append((name(page), shown, available))
     tab.wait_for_timeout(200)  # late complaints
     assert ear.heard == []
     assert wide == []
@@ -251,8 +251,8 @@ def test_dark_mode_keeps_figures_readable(context: "playwright.BrowserContext", 
     assert tab.evaluate(theme) == "dark"
     open_page(tab, second)
     assert tab.evaluate(theme) == "dark", "the choice is not remembered"
-    ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert max(map(int, re.findall(r"\d+", ground)[:3])) < 60
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", background)[:3])) < 60
     look = "i => [getComputedStyle(i).backgroundColor, getComputedStyle(i).filter]"
     assert tab.locator(card).first.evaluate(look) == ["rgb(255, 255, 255)", "none"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vitregs import results
+from vitregs import paths
 
-ROOT = results.ROOT
+ROOT = paths.ROOT
 PAGES = 20
 # stands in for jupyter-book: slow page after slow page, each with the sidebar of what it was given
 FAKE = """\
@@ -50,10 +50,10 @@ def copy(tmp_path: Path) -> Path:
 def start(folder: Path, pause: float = 0.0, status: int = 0) -> subprocess.Popen[str]:
     """Start `make book` with the stand-in, in a process group of its own."""
     (folder / f"fake{pause}{status}.py").write_text(FAKE.format(pages=PAGES, pause=pause, status=status))
-    words = ["make", "book", f"PYTHON={sys.executable}", f"JUPYTER_BOOK={sys.executable} fake{pause}{status}.py"]
+    message = ["make", "book", f"PYTHON={sys.executable}", f"JUPYTER_BOOK={sys.executable} fake{pause}{status}.py"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     return subprocess.Popen(
-        words, cwd=folder, env=environment, text=True, start_new_session=True,
+        message, cwd=folder, env=environment, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -104,10 +104,10 @@ def test_two_builds_take_turns(copy: Path) -> None:
     first = start(copy, pause=0.05)
     begun(copy, first)
     second = start(copy, pause=0.05)
-    says = [p.communicate()[0] for p in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 0), says
-    assert "another make is at work here: waiting" in says[1]
-    assert "waiting" not in says[0]
+    message = [p.communicate()[0] for p in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), message
+    assert "another make is at work here: waiting" in message[1]
+    assert "waiting" not in message[0]
     assert pages(copy) == ["scoreboard\nfirst\n"] * PAGES
     assert (copy / "ran").read_text() == "01_one\n"
 

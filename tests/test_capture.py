@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vitregs import backbones, capture, images, results
-from vitregs.backbones import Backbone
-from vitregs.capture import hooks
-from vitregs.preparation import Preparation
-from vitregs.pretrain.recipe import Recipe
-from vitregs.problems import Problem
+from vitregs import arrays
+from vitregs.data import images
+from vitregs.data.preparation import Preparation
+from vitregs.errors import InputError
+from vitregs.models import capture, registry
+from vitregs.models.backbone import Backbone
+from vitregs.models.capture import hooks
+from vitregs.train.config import Recipe
 
 SMALL = {"depth": 3, "embed_dim": 96, "num_heads": 3}
 FAMILIES = {  # name: options that make it small
@@ -44,7 +46,7 @@ def make(name: str, *, seed: int = 0, **options: object) -> Backbone:
         net = timm.models.VisionTransformer(**Recipe(name, "", registers=4, layer_scale=1e-4).vit(), num_classes=0)
         bare = Backbone(name, net, (0.4,) * 3, (0.2,) * 3, (96, 96), Preparation(), "", "")
     else:
-        bare = backbones.random(name, seed=seed, **{**FAMILIES.get(name, {}), **options})
+        bare = registry.random(name, seed=seed, **{**FAMILIES.get(name, {}), **options})
     generator = torch.Generator().manual_seed(seed)
     for key, value in bare.net.named_parameters():
         if "norm" not in key and key.endswith(("weight", "bias", "gamma", "gamma_1", "gamma_2", "table", "token")):
@@ -126,7 +128,7 @@ def test_tokens_and_norms_are_timms(family: Backbone) -> None:
     assert norms["layer"].values.tolist() == list(range(family.depth + 1))
     close(norms.sel(layer=slice(1, None)).values, torch.linalg.vector_norm(expected, dim=-1).transpose(0, 1))
     for layer in range(1, family.depth + 1):
-        got = capture.tokens(family, x, layer=layer, kinds=results.KINDS, batch=2)
+        got = capture.tokens(family, x, layer=layer, kinds=arrays.KINDS, batch=2)
         close(got.values, expected[layer - 1])
         assert int(got["layer"]) == layer
     assert np.std(norms.isel(layer=-1).values) > 1e-3  # the comparison means something
@@ -141,7 +143,7 @@ def test_layer_0_enters_block_1(family: Backbone) -> None:
     family.net.blocks[0].forward = lambda y, *a, **k: seen.append(y) or forward(y, *a, **k)
     family.net.forward_features(family.prepare(x))
     del family.net.blocks[0].forward
-    got = capture.tokens(family, x, layer=0, kinds=results.KINDS)
+    got = capture.tokens(family, x, layer=0, kinds=arrays.KINDS)
     close(got.values, seen[0])
     close(capture.norms(family, x, layers=[0]).values[:, 0], seen[0].norm(dim=-1))
 
@@ -150,15 +152,15 @@ def test_attention_is_timms_unfused(family: Backbone) -> None:
     x = pixels(family, 4, 6)
     expected = unfused(family, x)
     layers = list(range(1, family.depth + 1))
-    kinds = [k for k in results.KINDS if k in family.kinds((4, 6))]
+    kinds = [k for k in arrays.KINDS if k in family.kinds((4, 6))]
     got = capture.attention(family, x, layers=layers, queries=kinds, batch=2)
     assert got.dims == ("image", "layer", "head", "query", "token")
     for layer in layers:
         close(got.sel(layer=layer).values, expected[layer])
         assert np.abs(got.sel(layer=layer).sum("token") - 1).max() < 1e-5
-    spread = got.std("token").mean() * got.sizes["token"]
-    assert spread > 0.05  # not flat: the comparison means something
-    sink = capture.concentration(family, x, batch=1)
+    std = got.std("token").mean() * got.sizes["token"]
+    assert std > 0.05  # not flat: the comparison means something
+    sink = capture.attention_received(family, x, batch=1)
     assert sink["layer"].values.tolist() == layers
     for layer in layers:
         close(sink.sel(layer=layer).values, expected[layer].sum(2).amax(1))
@@ -194,7 +196,7 @@ def test_projections_give_attention_and_output(family: Backbone) -> None:
 def test_projections_are_the_linear_layer() -> None:
     bare = make("deit3_small_patch16_224")
     x = pixels(bare)
-    states_before = torch.from_numpy(capture.tokens(bare, x, layer=1, kinds=results.KINDS).values)
+    states_before = torch.from_numpy(capture.tokens(bare, x, layer=1, kinds=arrays.KINDS).values)
     block = bare.net.blocks[1]
     for which, expected in zip(
         ("query", "key", "value"), block.attn.qkv(block.norm1(states_before)).chunk(3, -1), strict=True
@@ -206,9 +208,9 @@ def test_projections_are_the_linear_layer() -> None:
 
 
 @torch.no_grad()
-def test_stem_comes_before_positions(family: Backbone) -> None:
+def test_patch_embedding_comes_before_positions(family: Backbone) -> None:
     x = pixels(family, 3, 5)
-    got = capture.stem(family, x, batch=2)
+    got = capture.patch_embeddings(family, x, batch=2)
     assert got.dims == ("image", "token", "channel")
     assert set(got["kind"].values) == {"patch"}
     family.fit((x.shape[-2], x.shape[-1]))
@@ -226,7 +228,7 @@ def test_final_norm() -> None:
         expected = bare.net.forward_features(bare.prepare(x))
     got = capture.tokens(bare, x, kinds=("cls", "register", "patch"), final_norm=True)
     close(got.values, expected)
-    assert np.abs(got.values - capture.tokens(bare, x, kinds=results.KINDS).values).max() > 0.1
+    assert np.abs(got.values - capture.tokens(bare, x, kinds=arrays.KINDS).values).max() > 0.1
 
 
 def test_register_means(family: Backbone) -> None:
@@ -268,12 +270,12 @@ def test_grids_keep_rows_and_columns() -> None:
     bare = make("vit_small_patch14_reg4_dinov2")
     x = torch.zeros(1, 3, 14 * 3, 14 * 5)
     x[:, :, 14 * 2 : 14 * 3, 14 * 1 : 14 * 2] = 1
-    maps = results.grid(capture.stem(bare, x))
+    maps = arrays.patch_maps(capture.patch_embeddings(bare, x))
     assert dict(maps.sizes) == {"image": 1, "channel": 96, "y": 3, "x": 5}
     away = np.abs(maps - maps.isel(y=0, x=0)).sum("channel")[0]
     assert np.argwhere(away.values > 1e-3).tolist() == [[2, 1]]
     norms = capture.norms(bare, x)
-    folded = results.grid(norms)
+    folded = arrays.patch_maps(norms)
     assert np.array_equal(folded.values.reshape(1, 4, 15), norms.isel(token=norms["kind"] == "patch").values)
     for y, x_ in np.ndindex(3, 5):
         here = norms.isel(token=np.flatnonzero((norms["y"] == y) & (norms["x"] == x_)))
@@ -290,9 +292,9 @@ def test_batch_size_and_order_do_not_matter(family: Backbone) -> None:
     measures = [
         lambda y, b: capture.norms(family, y, batch=b),
         lambda y, b: capture.tokens(family, y, batch=b),
-        lambda y, b: capture.stem(family, y, batch=b),
+        lambda y, b: capture.patch_embeddings(family, y, batch=b),
         lambda y, b: capture.attention(family, y, queries=queries, batch=b),
-        lambda y, b: capture.concentration(family, y, batch=b),
+        lambda y, b: capture.attention_received(family, y, batch=b),
         lambda y, b: capture.projections(family, y, which="key", batch=b),
     ]
     for measure in measures:
@@ -346,7 +348,7 @@ def test_no_hook_survives(error: type[BaseException], where: str, monkeypatch: p
     measures = [
         lambda: capture.norms(bare, x),
         lambda: capture.attention(bare, x),
-        lambda: capture.concentration(bare, x),
+        lambda: capture.attention_received(bare, x),
     ]
     if where in ("forward", "block"):
         measures += [lambda: capture.tokens(bare, x), lambda: capture.projections(bare, x, which="query")]
@@ -354,7 +356,7 @@ def test_no_hook_survives(error: type[BaseException], where: str, monkeypatch: p
         if where == "success":
             measure()
         else:
-            with pytest.raises(Problem if error is MemoryError else error):
+            with pytest.raises(InputError if error is MemoryError else error):
                 measure()
         assert hooks(bare.net) == 1
     assert where == "success" or (len(during) == len(measures) and min(during) > 1)  # hooks were on when it failed
@@ -380,7 +382,7 @@ def test_tap_takes_its_hooks_off() -> None:
     assert set(seen) == {0, 2}
     for wrong in (-1, bare.depth + 1):
         with (
-            pytest.raises(Problem, match=f"layer {wrong} does not exist"),
+            pytest.raises(InputError, match=f"layer {wrong} does not exist"),
             capture.tap(bare.net, {wrong: lambda _: None}),
         ):
             pass
@@ -487,13 +489,13 @@ def test_concentration_knows_sinks() -> None:
     attn = bare.net.blocks[0].attn
     attn.qkv.weight.zero_()
     attn.qkv.bias.zero_()
-    assert np.allclose(capture.concentration(bare, pixels(bare), layers=[1]), 1, atol=1e-5)
-    sink = capture.concentration(bare, pixels(bare, 20, 30, count=1))  # more than one block of queries
+    assert np.allclose(capture.attention_received(bare, pixels(bare), layers=[1]), 1, atol=1e-5)
+    sink = capture.attention_received(bare, pixels(bare, 20, 30, count=1))  # more than one block of queries
     tokens = 20 * 30 + 1
     assert sink.sizes["token"] == tokens
     whole = capture.attention(bare, pixels(bare, 20, 30, count=1), layers=(2,), queries=("cls", "patch"))
     assert np.allclose(sink.sel(layer=2), whole.sel(layer=2).sum("query").max("head"), rtol=1e-4)
-    assert (capture.concentration(bare, pixels(bare)).max() < 25).item()
+    assert (capture.attention_received(bare, pixels(bare)).max() < 25).item()
 
 
 # --- what goes wrong
@@ -505,26 +507,26 @@ def test_broken_weights_are_a_problem() -> None:
     measures = [
         lambda y: capture.norms(bare, y),
         lambda y: capture.tokens(bare, y),
-        lambda y: capture.stem(bare, y),
+        lambda y: capture.patch_embeddings(bare, y),
         lambda y: capture.attention(bare, y),
-        lambda y: capture.concentration(bare, y),
+        lambda y: capture.attention_received(bare, y),
         lambda y: capture.projections(bare, y, which="value"),
     ]
     broken = x.clone()
     broken[1, 0, 3, 3] = torch.nan
     for measure in measures:
-        with pytest.raises(Problem, match="gives values that are not finite"):
+        with pytest.raises(InputError, match="gives values that are not finite"):
             measure(broken)
     bare.net.patch_embed.proj.weight[0, 0, 0, 0] = torch.inf
     for measure in measures:
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(InputError) as caught:
             measure(x)
         assert "\n" not in str(caught.value)
         assert hooks(bare.net) == 0
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda b, x: capture.norms(b, x, layers=[4]), "layer 4 does not exist: .* has layers 0 to 3"),
         (lambda b, x: capture.norms(b, x, layers=[-5]), "layer -5 does not exist"),
@@ -537,22 +539,22 @@ def test_broken_weights_are_a_problem() -> None:
         (lambda b, x: capture.attention(b, x, queries=()), "has no such token"),
         (lambda b, x: capture.attention(b, x, queries=("register",)), "has no register token to ask for"),
         (lambda b, x: capture.attention(b, x, queries=("cls", "clss")), "did you mean 'cls'"),
-        (lambda b, x: capture.attention(b, x, queries=(24,)), "no patch 24: the picture has patches 0 to 23"),
+        (lambda b, x: capture.attention(b, x, queries=(24,)), "no patch 24: the image has patches 0 to 23"),
         (lambda b, x: capture.attention(b, x, queries=(-1,)), "no patch -1"),
         (lambda b, x: capture.projections(b, x, which="keys"), "unknown projection 'keys': did you mean 'key'"),
         (lambda b, x: capture.projections(b, x, which="key", layer=0), "layer 0 does not exist"),
-        (lambda b, x: capture.concentration(b, x, layers=[0]), "layer 0 does not exist"),
+        (lambda b, x: capture.attention_received(b, x, layers=[0]), "layer 0 does not exist"),
         (lambda b, x: capture.norms(b, x, batch=0), "batch must be 1 or more"),
-        (lambda b, x: capture.norms(b, x[:0]), "there are no pictures to measure"),
-        (lambda b, x: capture.stem(b, x[:0]), "there are no pictures to measure"),
-        (lambda b, x: capture.attention(b, x[:0]), "there are no pictures to measure"),
+        (lambda b, x: capture.norms(b, x[:0]), "there are no images to measure"),
+        (lambda b, x: capture.patch_embeddings(b, x[:0]), "there are no images to measure"),
+        (lambda b, x: capture.attention(b, x[:0]), "there are no images to measure"),
         (lambda b, x: capture.norms(b, x[0]), "pixels must have the shape"),
         (lambda b, x: capture.norms(b, x[..., :-1]), "is not a multiple of the patch size 14"),
     ],
 )
-def test_bad_input_is_a_problem_of_one_line(call, says: str) -> None:
+def test_bad_input_is_a_problem_of_one_line(call, message: str) -> None:
     bare = make("vit_small_patch14_dinov2")
-    with pytest.raises(Problem, match=says) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         call(bare, pixels(bare))
     assert "\n" not in str(caught.value)
     assert hooks(bare.net) == 0
@@ -561,15 +563,15 @@ def test_bad_input_is_a_problem_of_one_line(call, says: str) -> None:
 def test_unfused_attention_is_a_problem() -> None:
     bare = make("vit_small_patch14_dinov2")
     bare.net.blocks[1].attn.fused_attn = False
-    with pytest.raises(Problem, match=r"block 2 of .* does not use fused attention"):
-        capture.concentration(bare, pixels(bare))
-    assert capture.concentration(bare, pixels(bare), layers=[1, 3]).sizes["layer"] == 2
+    with pytest.raises(InputError, match=r"block 2 of .* does not use fused attention"):
+        capture.attention_received(bare, pixels(bare))
+    assert capture.attention_received(bare, pixels(bare), layers=[1, 3]).sizes["layer"] == 2
 
 
 def test_blocks_with_two_maps_are_a_problem() -> None:
     """Differential attention subtracts one map from another: neither alone is what the model does."""
-    bare = backbones.random("vit_dwee_patch16_reg1_gap_256", depth=2)
-    with pytest.raises(Problem, match=r"block 2 of .* has more than one attention map"):
+    bare = registry.random("vit_dwee_patch16_reg1_gap_256", depth=2)
+    with pytest.raises(InputError, match=r"block 2 of .* has more than one attention map"):
         capture.attention(bare, pixels(bare))
     assert capture.norms(bare, pixels(bare)).sizes["layer"] == 3
     assert hooks(bare.net) == 0
@@ -581,7 +583,7 @@ def test_blocks_with_two_maps_are_a_problem() -> None:
 def test_deit_tiny_has_no_artifacts(shared_data: Path) -> None:
     """The published norms of the data's README: median 13.9 at the last block, 1.3 at block 3, none far out."""
     file = shared_data / "deit-tiny" / "deit_tiny_patch16_224.safetensors"
-    deit = backbones.load("deit_tiny_patch16_224", weights=file)
+    deit = registry.load("deit_tiny_patch16_224", weights=file)
     source = shared_data / "imagenette-224" / "validation-00000-of-00001.parquet"
     norms = capture.norms(deit, images.load(str(source), size=224, count=24))
     patches = norms.isel(token=norms["kind"] == "patch")

@@ -9,17 +9,22 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from vitregs import backbones, capture, chapters, outliers, results, scenes
-from vitregs.backbones import Backbone
-from vitregs.chapters import Parameter, Run
-from vitregs.images import Images
-from vitregs.problems import Problem
+from vitregs import cache, paths
+from vitregs.book import chapter, execute, parameters
+from vitregs.book.chapter import Run
+from vitregs.book.parameters import Parameter
+from vitregs.data import scenes
+from vitregs.data.images import Images
+from vitregs.errors import InputError
+from vitregs.measure.norms import norms_at
+from vitregs.models import capture, registry
+from vitregs.models.backbone import Backbone
 
 PICO, PICO4 = "supervised-pico", "supervised-pico-reg4"
 
 
 def problem(call, *args: object, **kw: object) -> str:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(InputError) as caught:
         call(*args, **kw)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -38,29 +43,29 @@ def write(folder: Path, name: str, text: str) -> None:
     "name", ["2", "02", "norms", "02_norms", "02_norms.ipynb", "notebooks/02_norms.ipynb", "./notebooks/02_norms.ipynb"]
 )
 def test_names_are_completed(name: str) -> None:
-    assert chapters.find(name) == "02_norms"
+    assert parameters.find(name) == "02_norms"
 
 
 def test_every_chapter_has_three_names() -> None:
-    for name in chapters.names():
+    for name in parameters.names():
         number, _, rest = name.partition("_")
-        assert {chapters.find(n) for n in (name, number, rest, str(int(number)))} == {name}
+        assert {parameters.find(n) for n in (name, number, rest, str(int(number)))} == {name}
 
 
 @pytest.mark.parametrize("name", ["", "0", "77", "nroms", "02_", "norms_"])
 def test_names_of_no_chapter(name: str) -> None:
-    says = problem(chapters.find, name)
-    assert f"unknown chapter {name!r}" in says
-    assert "02_norms" in says
+    message = problem(parameters.find, name)
+    assert f"unknown chapter {name!r}" in message
+    assert "02_norms" in message
 
 
 def test_chapters_are_in_order_and_half_written_ones_are_none(tmp_path: Path, monkeypatch) -> None:
     for name in ("10_b", "02_a", ".02_a.ipynb.x", "draft"):
         write(tmp_path, name, "")
     (tmp_path / "03_notes.md").write_text("")
-    monkeypatch.setattr(chapters, "NOTEBOOKS", tmp_path)
-    assert chapters.names() == ["02_a", "10_b"]
-    assert chapters.find("10") == "10_b"
+    monkeypatch.setattr(parameters, "NOTEBOOKS", tmp_path)
+    assert parameters.names() == ["02_a", "10_b"]
+    assert parameters.find("10") == "10_b"
 
 
 # --- parameters
@@ -77,8 +82,8 @@ kind: str = "cosine"  # which {cosine, linear}
 loud: bool = False  # whether to print
 """
     write(tmp_path, "01_a", lines)
-    monkeypatch.setattr(chapters, "NOTEBOOKS", tmp_path)
-    found = chapters.parameters("01_a")
+    monkeypatch.setattr(parameters, "NOTEBOOKS", tmp_path)
+    found = parameters.chapter_parameters("01_a")
     assert [(p.name, p.type, p.default, p.help) for p in found.values()] == [
         ("names", list, ["a", "b"], "some names"),
         ("count", int, -3, "how many [-5, 100000]"),
@@ -92,18 +97,18 @@ loud: bool = False  # whether to print
     assert found["names"].limits is None
     assert found["kind"].choices == ["cosine", "linear"]
     assert found["names"].choices == []
-    assert chapters.check("01_a", {"count": 7}) == {
+    assert parameters.check("01_a", {"count": 7}) == {
         "names": ["a", "b"],
         "count": 7,
         "share": 0.02,
         "kind": "cosine",
         "loud": False,
     }
-    assert "did you mean 'count'" in problem(chapters.check, "01_a", {"cuont": 1})
+    assert "did you mean 'count'" in problem(parameters.check, "01_a", {"cuont": 1})
 
 
 @pytest.mark.parametrize(
-    ("kind", "help_", "value", "says"),
+    ("kind", "help_", "value", "message"),
     [
         (int, "", 1.0, "x takes int, not 1.0"),
         (int, "", True, "x takes int, not True"),
@@ -123,12 +128,12 @@ loud: bool = False  # whether to print
         (list, "", "('a',)", "papermill turns a tuple into text"),
     ],
 )
-def test_values_that_do_not_fit(kind: type, help_: str, value: object, says: str) -> None:
-    assert says in problem(Parameter("x", kind, None, help_).check, value)
+def test_values_that_do_not_fit(kind: type, help_: str, value: object, message: str) -> None:
+    assert message in problem(Parameter("x", kind, None, help_).check, value)
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "message"),
     [
         ({"modles": [PICO]}, "unknown parameter of 02_norms 'modles': did you mean 'models'"),
         ({"count": 0}, "count must lie within 1 to 100000"),
@@ -147,14 +152,14 @@ def test_values_that_do_not_fit(kind: type, help_: str, value: object, says: str
         ({"device": "gpu"}, "device 'gpu' is not available"),
     ],
 )
-def test_parameters_are_checked(values: dict, says: str) -> None:
-    assert says in problem(chapters.check, "02_norms", values)
+def test_parameters_are_checked(values: dict, message: str) -> None:
+    assert message in problem(parameters.check, "02_norms", values)
 
 
 def test_right_parameters_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in chapters.names():
-        assert chapters.check(name, {}) == {k: p.default for k, p in chapters.parameters(name).items()}
-    weights = backbones.ZOO / PICO / "weights.safetensors"
+    for name in parameters.names():
+        assert parameters.check(name, {}) == {k: p.default for k, p in parameters.chapter_parameters(name).items()}
+    weights = registry.ZOO / PICO / "weights.safetensors"
     (tmp_path / "w.safetensors").write_bytes(weights.read_bytes())
     (tmp_path / "a.PNG").write_bytes(b"any")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -164,9 +169,9 @@ def test_right_parameters_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "images": "~",
         "device": "cpu",
     }
-    full = chapters.check("02_norms", values)
+    full = parameters.check("02_norms", values)
     assert {k: full[k] for k in values} == values
-    assert chapters.check("02_norms", {"images": "owner/dataset-of-the-hub"})["images"] == "owner/dataset-of-the-hub"
+    assert parameters.check("02_norms", {"images": "owner/dataset-of-the-hub"})["images"] == "owner/dataset-of-the-hub"
 
 
 # --- tidy
@@ -198,7 +203,7 @@ def test_tidy_keeps_what_is_read_and_drops_the_rest() -> None:
         "nbformat": 4,
         "nbformat_minor": 5,
     }
-    text = chapters.tidy(json.dumps(raw))
+    text = execute.tidy(json.dumps(raw))
     book = json.loads(text)
     assert "µ" in text
     assert text.endswith("}\n")
@@ -209,17 +214,17 @@ def test_tidy_keeps_what_is_read_and_drops_the_rest() -> None:
         k: v for k, v in raw["cells"][0].items() if k != "metadata"
     }
     assert words == raw["cells"][1]
-    assert chapters.tidy(text) == text
+    assert execute.tidy(text) == text
 
 
 # --- what the book says of its own networks
 
 
 def test_what_differs_from_the_book() -> None:
-    known = {n: p.default for n, p in chapters.parameters("14_train_your_own").items()}
-    assert chapters.changed("14_train_your_own", known) == []
-    assert chapters.changed("14_train_your_own", known | {"device": "cpu", "out": "kept"}) == []
-    assert chapters.changed("14_train_your_own", {"layer": 3, "images": "folder", "every": known["every"]}) == [
+    known = {n: p.default for n, p in parameters.chapter_parameters("14_train_your_own").items()}
+    assert parameters.changed("14_train_your_own", known) == []
+    assert parameters.changed("14_train_your_own", known | {"device": "cpu", "out": "kept"}) == []
+    assert parameters.changed("14_train_your_own", {"layer": 3, "images": "folder", "every": known["every"]}) == [
         "layer",
         "images",
     ]
@@ -234,9 +239,9 @@ def test_text_on_the_book_s_own_networks_is_left_out_of_another_run() -> None:
         nbformat.v4.new_code_cell("ours = 1", metadata={"tags": ["defaults"]}),
         nbformat.v4.new_markdown_cell("Ours are small.", metadata={"tags": ["solution", "defaults"]}),
     ]
-    text = chapters.tidy(nbformat.writes(nbformat.v4.new_notebook(cells=cells)))
-    assert chapters.without_defaults(text, []) == text
-    left = nbformat.reads(chapters.without_defaults(text, ["models", "count"]), as_version=4)
+    text = execute.tidy(nbformat.writes(nbformat.v4.new_notebook(cells=cells)))
+    assert execute.without_defaults(text, []) == text
+    left = nbformat.reads(execute.without_defaults(text, ["models", "count"]), as_version=4)
     nbformat.validate(left)
     line = (
         "*What the book says here is about its own networks and images. This run differs in `models`, `count`, "
@@ -248,7 +253,7 @@ def test_text_on_the_book_s_own_networks_is_left_out_of_another_run() -> None:
         "ours = 1",
         line,
     ]
-    again = chapters.without_defaults(nbformat.writes(left), ["models", "count"])
+    again = execute.without_defaults(nbformat.writes(left), ["models", "count"])
     assert [c.source for c in nbformat.reads(again, as_version=4).cells] == [c.source for c in left.cells]
 
 
@@ -260,7 +265,7 @@ def papermill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run the first cells of chapter 2, up to its check of the parameters, through papermill itself."""
     import papermill
 
-    book = nbformat.read(chapters.NOTEBOOKS / "02_norms.ipynb", as_version=4)
+    book = nbformat.read(parameters.NOTEBOOKS / "02_norms.ipynb", as_version=4)
     code = [c for c in book.cells if c.cell_type == "code"][:2]
     code[1].source = code[1].source.split("norms = run.measure")[0] + "print('went on')"
     nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=book.metadata), tmp_path / "in.ipynb")
@@ -275,7 +280,7 @@ def papermill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fails(**values: object) -> str:
         with pytest.raises(papermill.PapermillExecutionError) as caught:
             run(**values)
-        assert caught.value.ename == "Problem"
+        assert caught.value.ename == "InputError"
         return caught.value.evalue
 
     return run, fails
@@ -283,12 +288,12 @@ def papermill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_plain_papermill_says_that_this_is_another_run(papermill) -> None:
     run, _ = papermill
-    note, said = run(count=2, device="cpu")
+    note, predicted = run(count=2, device="cpu")
     assert note["data"]["text/markdown"] == note["data"]["text/plain"]
     assert note["data"]["text/plain"].startswith("**Not the run of the book**: it differs in `count`.")
-    assert said["text"] == "went on\n"
-    (said,) = run(device="cpu")  # at the defaults a page holds what it always held
-    assert said["text"] == "went on\n"
+    assert predicted["text"] == "went on\n"
+    (predicted,) = run(device="cpu")  # at the defaults a page holds what it always held
+    assert predicted["text"] == "went on\n"
 
 
 def test_plain_papermill_refuses_names_that_nobody_reads(papermill) -> None:
@@ -332,8 +337,8 @@ def test_measured_once_for_the_same_question(stored: Path) -> None:
     for name, array in first.items():
         xr.testing.assert_identical(array.drop_attrs(), again[name].drop_attrs())
     assert sorted(p.name for p in (stored / "02_norms").iterdir()) == [f"norms.{PICO4}.nc", f"norms.{PICO}.nc"]
-    kept = results.load(stored / "02_norms" / f"norms.{PICO}.nc").attrs
-    assert kept["code"] == results.code_hash(__name__) == json.loads(kept["key"])["code"]
+    kept = cache.load_dataset(stored / "02_norms" / f"norms.{PICO}.nc").attrs
+    assert kept["code"] == cache.code_hash(__name__) == json.loads(kept["key"])["code"]
     assert json.loads(kept["key"])["function"] == "watched"
     Run("02_norms", **values | {"count": 3}).measure("norms", watched)
     Run("02_norms", **values | {"count": 3, "seed": 1}).measure("norms", watched)
@@ -355,11 +360,11 @@ def test_measured_anew_for_other_keywords(stored: Path) -> None:
 def test_measured_anew_by_another_function_or_code(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run("02_norms", models=[PICO], count=2, device="cpu")
     one = run.measure("norms", capture.norms)[PICO]
-    two = run.measure("norms", outliers.norms_at)[PICO]
+    two = run.measure("norms", norms_at)[PICO]
     assert (one.dims, two.dims) == (("image", "layer", "token"), ("image", "token"))
     run.measure("norms", watched)
     run.measure("norms", watched)
-    monkeypatch.setattr(results, "code_hash", lambda module=None: f"other code of {module}")
+    monkeypatch.setattr(cache, "code_hash", lambda module=None: f"other code of {module}")
     run.measure("norms", watched)
     assert len(MADE) == 2
 
@@ -375,18 +380,18 @@ def test_only_named_functions_measure(stored: Path, monkeypatch: pytest.MonkeyPa
         (lambda b, p: level * capture.norms(b, p), "<lambda>"),
         (closed, "closed"),
     ):
-        says = problem(run.measure, "norms", function)
-        assert f"measure takes a function of a module, not {name}," in says
-        assert "put it into a file of the library, and pass what varies as keywords of measure" in says
+        message = problem(run.measure, "norms", function)
+        assert f"measure takes a function of a module, not {name}," in message
+        assert "put it into a file of the library, and pass what varies as keywords of measure" in message
     for function, name in (
         (partial(watched, times=2.0), "partial"),
         (Counted().norms, "Counted.norms"),
         (Counted, "Counted"),
         (len, "len"),
     ):
-        says = problem(run.measure, "norms", function)
-        assert f"measure takes a function of a module, not {name}:" in says
-        assert "pass what it is bound to as keywords of measure" in says
+        message = problem(run.measure, "norms", function)
+        assert f"measure takes a function of a module, not {name}:" in message
+        assert "pass what it is bound to as keywords of measure" in message
     assert "not plain, which other values can change unseen" in problem(run.measure, "norms", Counted.plain)
     monkeypatch.setattr(watched, "__module__", "__main__")
     assert "measure takes a function of a module, not watched" in problem(run.measure, "norms", watched)
@@ -405,7 +410,7 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    ("keywords", "says"),
+    ("keywords", "message"),
     [
         ({"layers": range(2)}, "layers of watched must be plain, so that results can be kept by it"),
         ({"layers": [np.int64(1)]}, "layers of watched must be plain"),
@@ -414,16 +419,16 @@ class Counted:
         ({"tims": 1}, "watched of tests.test_chapters: got an unexpected keyword argument 'tims'"),
     ],
 )
-def test_only_plain_keywords_that_fit(stored: Path, keywords: dict, says: str) -> None:
+def test_only_plain_keywords_that_fit(stored: Path, keywords: dict, message: str) -> None:
     run = Run("02_norms", models=[PICO], count=2, device="cpu")
-    assert says in problem(run.measure, "norms", watched, **keywords)
+    assert message in problem(run.measure, "norms", watched, **keywords)
     assert MADE == []
 
 
 def test_measured_anew_with_other_weights(stored: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    state = load_file(backbones.ZOO / PICO / "weights.safetensors")
+    state = load_file(registry.ZOO / PICO / "weights.safetensors")
     save_file({**state, "cls_token": state["cls_token"] + 1}, tmp_path / "w.safetensors")
     values = {"models": [PICO], "count": 2, "device": "cpu"}
     one = Run("02_norms", **values).measure("norms", watched)[PICO]
@@ -432,7 +437,7 @@ def test_measured_anew_with_other_weights(stored: Path, tmp_path: Path) -> None:
     assert MADE == [PICO, PICO]
 
 
-def test_pictures_of_a_chapter(stored: Path) -> None:
+def test_images_of_a_chapter(stored: Path) -> None:
     run = Run("04_redundant_patches", models=[PICO], count=3, size=64, seed=5, device="cpu")
     backbone = run.backbones[PICO]
     truth = scenes.render(3, 64, seed=5, first=2**41)
@@ -443,36 +448,36 @@ def test_pictures_of_a_chapter(stored: Path) -> None:
     corners = [(y, x) for y in range(0, 64, 8) for x in range(0, 64, 8)]
     by_hand = [[(m[y : y + 8, x : x + 8] == 0).float().mean() for y, x in corners] for m in truth.semantic]
     assert np.allclose(share, by_hand)
-    says = problem(Run("02_norms", models=[PICO], size=100, device="cpu").measure, "norms", watched)
-    assert "the nearest that fits is 96x96" in says
+    message = problem(Run("02_norms", models=[PICO], size=100, device="cpu").measure, "norms", watched)
+    assert "the nearest that fits is 96x96" in message
 
 
-def test_pictures_without_masks_have_no_background(stored: Path, tmp_path: Path) -> None:
+def test_images_without_masks_have_no_background(stored: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (96, 96)).save(tmp_path / "pictures" / "a.png")
-    run = Run("04_redundant_patches", models=[PICO], images=str(tmp_path / "pictures"), device="cpu")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (96, 96)).save(tmp_path / "images" / "a.png")
+    run = Run("04_redundant_patches", models=[PICO], images=str(tmp_path / "images"), device="cpu")
     assert run.background(run.backbones[PICO]) is None
 
 
 def test_provenance_tells_of_everything(stored: Path) -> None:
     run = Run("02_norms", models=[PICO], count=2, device="cpu")
     page = run.provenance()
-    weights = json.loads((backbones.ZOO / PICO / "recipe.json").read_text())["weights"]
+    weights = json.loads((registry.ZOO / PICO / "recipe.json").read_text())["weights"]
     assert weights[:16] in page.facts[f"weights of {PICO}"]
     assert page.facts["device"] == "cpu"
     assert page.facts["parameter count"] == "2"
     assert {"code", "commit", "date", "torch", "timm"} <= page.facts.keys()
     assert page._repr_html_().startswith('<details class="provenance">')
     assert all(f"<th>{k}</th>" in page._repr_html_() for k in page.facts)
-    assert "<b>" not in chapters.Provenance({"<b>": "<b>"})._repr_html_()
-    assert f"code: {results.code_hash()}" in repr(page)
+    assert "<b>" not in chapter.Provenance({"<b>": "<b>"})._repr_html_()
+    assert f"code: {cache.code_hash()}" in repr(page)
 
 
 def test_results_go_to_build_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VITREGS_RESULTS", raising=False)
-    assert Run("02_norms", device="cpu").folder == results.ROOT / "build" / "results" / "02_norms"
+    assert Run("02_norms", device="cpu").folder == paths.ROOT / "build" / "results" / "02_norms"
 
 
 def test_colours_of_patches_are_those_of_the_scenes() -> None:

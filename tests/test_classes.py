@@ -8,11 +8,14 @@ import pytest
 import torch
 import xarray as xr
 
-from vitregs import artifacts, backbones, images
-from vitregs.backbones import Backbone
-from vitregs.probes import classes, pick, tasks
-from vitregs.problems import Problem
-from vitregs.results import token_coords
+from vitregs import arrays
+from vitregs.arrays import token_coords
+from vitregs.data import datasets, images
+from vitregs.errors import InputError
+from vitregs.measure import outliers
+from vitregs.models import registry
+from vitregs.models.backbone import Backbone
+from vitregs.probes import classification, sampling
 
 GRID = (3, 4)
 KINDS = ["cls", "register", "register", *["patch"] * 12]
@@ -24,7 +27,7 @@ def tokens(values: np.ndarray, name: str = "marked") -> xr.DataArray:
 
 
 def marks(n: int, seed: int = 0) -> xr.DataArray:
-    """Two outliers among the patches of each picture."""
+    """Two outliers among the patches of each image."""
     rng = np.random.default_rng(seed)
     hot = np.zeros((n, 15), bool)
     for row in hot:
@@ -32,13 +35,13 @@ def marks(n: int, seed: int = 0) -> xr.DataArray:
     return tokens(hot)
 
 
-# --- one token a picture
+# --- one token an image
 
 
-@pytest.mark.parametrize("token", pick.TOKENS)
+@pytest.mark.parametrize("token", sampling.TOKENS)
 def test_only_the_right_tokens_are_drawn(token: str) -> None:
     marked = marks(50)
-    drawn = pick.draw(marked, token, seeds=(0, 1, 2, 3))
+    drawn = sampling.draw_tokens(marked, token, seeds=(0, 1, 2, 3))
     allowed = {
         "cls": lambda i: {0},
         "register": lambda i: {1, 2},
@@ -49,33 +52,36 @@ def test_only_the_right_tokens_are_drawn(token: str) -> None:
 
 
 def test_all_eligible_tokens_are_drawn_alike() -> None:
-    drawn = pick.draw(marks(3000), "normal")[0]
+    drawn = sampling.draw_tokens(marks(3000), "normal")[0]
     counts = np.bincount(drawn - 3, minlength=12)
-    assert counts.min() > 250 * 0.7  # 250 each on average, spread 15
+    assert counts.min() > 250 * 0.7  # 250 each on average, standard deviation 15
     assert counts.max() < 250 * 1.3
 
 
 def test_batches_do_not_change_what_is_drawn() -> None:
     marked = marks(40)
-    whole = pick.draw(marked, "outlier", seeds=(0, 1))
-    parts = [pick.draw(marked.isel(image=slice(a, a + 7)), "outlier", seeds=(0, 1), first=a) for a in range(0, 40, 7)]
+    whole = sampling.draw_tokens(marked, "outlier", seeds=(0, 1))
+    parts = [
+        sampling.draw_tokens(marked.isel(image=slice(a, a + 7)), "outlier", seeds=(0, 1), first=a)
+        for a in range(0, 40, 7)
+    ]
     np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
 
 
-def test_pictures_without_such_a_token_are_told() -> None:
+def test_images_without_such_a_token_are_reported() -> None:
     marked = marks(4)
     marked.values[2] = False
-    assert pick.draw(marked, "outlier")[0, 2] == -1
-    assert (pick.draw(marked, "outlier")[0, [0, 1, 3]] >= 3).all()
+    assert sampling.draw_tokens(marked, "outlier")[0, 2] == -1
+    assert (sampling.draw_tokens(marked, "outlier")[0, [0, 1, 3]] >= 3).all()
 
 
 def test_no_outlier_and_nothing_but_outliers_are_mistakes() -> None:
-    with pytest.raises(Problem, match=r"no patch is an outlier in any picture: let the largest norms stand in"):
-        pick.ready(tokens(np.zeros((2, 15), bool)))
-    with pytest.raises(Problem, match="every patch of every picture is an outlier: the cut-off lies below all norms"):
-        pick.ready(tokens(np.ones((2, 15), bool)))
-    with pytest.raises(Problem, match="unknown token 'patch'"):
-        pick.draw(marks(2), "patch")
+    with pytest.raises(InputError, match=r"no patch is an outlier in any image: let the largest norms stand in"):
+        sampling.check_marks(tokens(np.zeros((2, 15), bool)))
+    with pytest.raises(InputError, match="every patch of every image is an outlier: the cut-off lies below all norms"):
+        sampling.check_marks(tokens(np.ones((2, 15), bool)))
+    with pytest.raises(InputError, match="unknown token 'patch'"):
+        sampling.draw_tokens(marks(2), "patch")
 
 
 def test_the_largest_norm_stands_in_where_there_is_no_outlier() -> None:
@@ -83,16 +89,16 @@ def test_the_largest_norm_stands_in_where_there_is_no_outlier() -> None:
     norms = tokens(rng.uniform(1, 2, (4, 15)))
     norms.values[:, 0] = 99  # CLS does not count
     norms.values[1, 7] = 50
-    cut = artifacts.cutoff(norms, 10.0)
-    marked, words = artifacts.mark_each(norms, cut, "largest")
-    assert artifacts.patches(marked).sum("token").values.tolist() == [1, 1, 1, 1]
-    assert int(artifacts.patches(marked).values[0].argmax()) == int(norms.values[0, 3:].argmax())
-    assert words == "outliers; in 75 % of the pictures, which have none, the largest norm"
-    dropped, words = artifacts.mark_each(norms, cut, "drop")
-    assert artifacts.patches(dropped).sum("token").values.tolist() == [0, 1, 0, 0]
-    assert words == "outliers"
-    with pytest.raises(Problem, match="missing must be largest or drop, not 'keep'"):
-        artifacts.mark_each(norms, cut, "keep")
+    cut = outliers.find_cutoff(norms, 10.0)
+    marked, message = outliers.mark_per_image(norms, cut, "largest")
+    assert arrays.patches(marked).sum("token").values.tolist() == [1, 1, 1, 1]
+    assert int(arrays.patches(marked).values[0].argmax()) == int(norms.values[0, 3:].argmax())
+    assert message == "outliers; in 75 % of the images, which have none, the largest norm"
+    dropped, message = outliers.mark_per_image(norms, cut, "drop")
+    assert arrays.patches(dropped).sum("token").values.tolist() == [0, 1, 0, 0]
+    assert message == "outliers"
+    with pytest.raises(InputError, match="missing must be largest or drop, not 'keep'"):
+        outliers.mark_per_image(norms, cut, "keep")
 
 
 # --- one score
@@ -107,7 +113,7 @@ def planted(n: int, k: int, d: int = 12, seed: int = 0, noise: float = 0.05) -> 
 @pytest.mark.parametrize("method", ["logistic", "knn"])
 def test_what_is_encoded_is_found(method: str) -> None:
     x, y = planted(240, 5)
-    found = classes.score(x, y, method=method)
+    found = classification.score(x, y, method=method)
     assert float(found["score"]) == 1.0
     assert int(found["n"]) == 80
     assert float(found["chance"]) < 0.4
@@ -117,23 +123,23 @@ def test_what_is_encoded_is_found(method: str) -> None:
 @pytest.mark.parametrize("method", ["logistic", "knn"])
 def test_shuffled_labels_are_chance(method: str) -> None:
     x, y = planted(900, 4)
-    found = classes.score(x, np.random.default_rng(1).permutation(y), method=method)
-    assert 0.15 < float(found["score"]) < 0.36  # a quarter, four standard errors of 300 pictures
+    found = classification.score(x, np.random.default_rng(1).permutation(y), method=method)
+    assert 0.15 < float(found["score"]) < 0.36  # a quarter, four standard errors of 300 images
     assert float(found["low"]) < 0.25 + 0.05 < float(found["high"]) + 0.1
 
 
 def test_marks_are_scored_by_mean_average_precision() -> None:
     x, y = planted(300, 5)
     marked = np.stack([y == 0, y > 2, y == 1], 1)
-    found = classes.score(x, marked, metric="mAP")
+    found = classification.score(x, marked, metric="mAP")
     assert float(found["score"]) == pytest.approx(1.0)
-    shuffled = classes.score(x, marked[np.random.default_rng(0).permutation(300)], metric="mAP")
+    shuffled = classification.score(x, marked[np.random.default_rng(0).permutation(300)], metric="mAP")
     assert float(shuffled["score"]) < 0.6
 
 
 def test_average_precision_by_hand() -> None:
     """Ranked true, false, true: precision 1 up to recall 0.5, then 2/3: 6 of 11 recalls at 1, 5 at 2/3."""
-    found = classes.average_precision(
+    found = classification.average_precision(
         np.array([[3.0, 0], [2, 0], [1, 0]]), np.array([[True, False], [False, False], [True, False]])
     )
     assert found[0] == pytest.approx((6 + 5 * 2 / 3) / 11)
@@ -143,7 +149,7 @@ def test_average_precision_by_hand() -> None:
 def test_average_precision_is_that_of_its_definition() -> None:
     rng = np.random.default_rng(0)
     scores, true = rng.normal(size=(40, 6)), rng.random((40, 6)) < 0.3
-    for k, found in enumerate(classes.average_precision(scores, true)):
+    for k, found in enumerate(classification.average_precision(scores, true)):
         order = np.argsort(-scores[:, k])
         hits = true[order, k]
         precision, recall = np.cumsum(hits) / np.arange(1, 41), np.cumsum(hits) / hits.sum()
@@ -153,14 +159,14 @@ def test_average_precision_is_that_of_its_definition() -> None:
 
 def test_the_mean_over_classes_weighs_them_alike() -> None:
     scores = np.eye(2)[[0, 0, 0, 0, 0]]
-    assert classes._measure(scores, np.array([0, 0, 0, 0, 1]), "mean per class")[0] == 0.5
-    assert classes._measure(scores, np.array([0, 0, 0, 0, 1]), "top1")[0] == 0.8
+    assert classification._measure(scores, np.array([0, 0, 0, 0, 1]), "mean per class")[0] == 0.5
+    assert classification._measure(scores, np.array([0, 0, 0, 0, 1]), "top1")[0] == 0.8
 
 
 def test_the_vote_is_that_of_its_formula() -> None:
     rng = np.random.default_rng(0)
     bank, queries, y = rng.normal(size=(30, 6)), rng.normal(size=(4, 6)), rng.integers(0, 3, 30)
-    found = classes.vote(
+    found = classification.vote(
         torch.from_numpy(bank), torch.nn.functional.one_hot(torch.from_numpy(y), 3), torch.from_numpy(queries), 5
     )
     for q, votes in zip(queries, found, strict=True):
@@ -170,47 +176,47 @@ def test_the_vote_is_that_of_its_formula() -> None:
         np.testing.assert_allclose(votes, slow, rtol=1e-5)
 
 
-def test_unlabelled_pictures_are_left_out() -> None:
+def test_unlabelled_images_are_left_out() -> None:
     x, y = planted(240, 3)
     some = y.copy()
     some[::4] = -1
-    assert int(classes.score(x, some)["n"]) == int((some[160:] >= 0).sum())
+    assert int(classification.score(x, some)["n"]) == int((some[160:] >= 0).sum())
 
 
-def test_a_class_that_was_never_taught_is_never_right() -> None:
+def test_a_class_that_was_never_trained_is_never_right() -> None:
     x, y = planted(120, 3)
     y[:80] %= 2
-    found = classes.score(x, y)
+    found = classification.score(x, y)
     assert not found["right"].values[y[80:] == 2].any()
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "options", "words"),
+    ("x", "y", "options", "message"),
     [
-        (np.zeros((4, 2)), np.array([0, 1, 0]), {}, "there are 3 labels for 4 pictures"),
-        (np.zeros((9, 2)), np.full(9, -1), {}, "not one picture has a label"),
-        (np.zeros((2, 2)), np.array([0, 1]), {}, "2 labelled pictures are too few to teach with some and score others"),
-        (np.zeros((9, 2)), np.ones(9, int), {}, "all pictures have the same label"),
+        (np.zeros((4, 2)), np.array([0, 1, 0]), {}, "there are 3 labels for 4 images"),
+        (np.zeros((9, 2)), np.full(9, -1), {}, "not one image has a label"),
+        (np.zeros((2, 2)), np.array([0, 1]), {}, "2 labelled images are too few to train on some and test on others"),
+        (np.zeros((9, 2)), np.ones(9, int), {}, "all images have the same label"),
         (np.zeros((9, 2)), np.arange(9) % 2, {"metric": "auc"}, "unknown metric 'auc'"),
         (np.zeros((9, 2)), np.arange(9) % 2, {"method": "svm"}, "unknown method 'svm'"),
     ],
 )
-def test_mistakes_are_named(x: np.ndarray, y: np.ndarray, options: Any, words: str) -> None:
-    with pytest.raises(Problem, match=words):
-        classes.score(x, y, **options)
+def test_mistakes_are_named(x: np.ndarray, y: np.ndarray, options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        classification.score(x, y, **options)
 
 
-# --- one token a picture, through a network
+# --- one token an image, through a network
 
 
 @pytest.fixture
 def planted_network(monkeypatch: pytest.MonkeyPatch) -> tuple[Backbone, images.Images]:
     """A network whose outliers alone know the colour of the largest object: states and norms are put in by hand."""
-    backbone = backbones.random(
+    backbone = registry.random(
         "vit_tiny_patch16_224", img_size=(32, 48), embed_dim=24, depth=1, num_heads=2, reg_tokens=1, num_classes=0
     )
     source = images.load("scenes", size=(32, 48), count=240)
-    colour = tasks.labels([source], ["colour"])["colour"]
+    colour = datasets.labels([source], ["colour"])["colour"]
     labels = token_coords(backbone.kinds((2, 3)), (2, 3))
     rng = np.random.default_rng(0)
     hot = 2 + rng.integers(0, 6, len(colour))  # behind CLS and register
@@ -231,56 +237,56 @@ def planted_network(monkeypatch: pytest.MonkeyPatch) -> tuple[Backbone, images.I
         seen += len(pixels)
         return xr.DataArray(part, dims=("image", "token", "channel"), coords=labels)
 
-    monkeypatch.setattr(classes.capture, "norms", norms)
-    monkeypatch.setattr(classes.capture, "tokens", state)
+    monkeypatch.setattr(classification.capture, "norms", norms)
+    monkeypatch.setattr(classification.capture, "tokens", state)
     return backbone, source
 
 
 def test_a_class_in_the_outliers_alone_is_found_there_and_nowhere_else(
     planted_network: tuple[Backbone, images.Images],
 ) -> None:
-    found = classes.classify(*planted_network, asked=["colour"], missing="drop")
+    found = classification.classify(*planted_network, tasks=["colour"], missing="drop")
     score = found["score"].sel(task="colour")
     assert found["token"].values.tolist() == ["cls", "normal", "outlier", "register"]
     assert float(score.sel(token="outlier")) == 1.0
     for token in ("cls", "normal", "register"):
-        assert float(score.sel(token=token)) < 0.3, token  # an eighth is chance, 80 pictures are scored
+        assert float(score.sel(token=token)) < 0.3, token  # an eighth is chance, 80 images are scored
     assert found.attrs["marked"] == "outliers"
     assert np.isnan(found["std"].sel(token="cls", task="colour"))
     assert float(found["std"].sel(token="outlier", task="colour")) == 0.0
 
 
 def test_nothing_depends_on_the_batch() -> None:
-    backbone = backbones.load("clip-pico-reg4", device="cpu")
+    backbone = registry.load("clip-pico-reg4", device="cpu")
     source = images.load("scenes", size=backbone.size, count=36)
     one, other = (
-        classes.classify(backbone, source, asked=["colour", "count", "colours in view"], seeds=(0, 1), batch=b)
+        classification.classify(backbone, source, tasks=["colour", "count", "colours in view"], seeds=(0, 1), batch=b)
         for b in (7, 36)
     )
     xr.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_without_outliers_dropping_is_a_mistake() -> None:
-    backbone = backbones.load("clip-pico", device="cpu")
+    backbone = registry.load("clip-pico", device="cpu")
     source = images.load("scenes", size=backbone.size, count=24)
-    with pytest.raises(Problem, match="no patch is an outlier in any picture"):
-        classes.classify(backbone, source, missing="drop")
+    with pytest.raises(InputError, match="no patch is an outlier in any image"):
+        classification.classify(backbone, source, missing="drop")
 
 
 def test_a_published_model_tells_real_classes(shared_data: Any) -> None:
     """DeiT-Tiny saw these ten classes in training: its CLS must be far above a random patch token."""
-    backbone = backbones.load(
+    backbone = registry.load(
         "deit_tiny_patch16_224", weights=shared_data / "deit-tiny" / "deit_tiny_patch16_224.safetensors", device="cpu"
     )
-    train, test = tasks.open_set(
+    train, test = datasets.open_set(
         "Imagenette",
         size=(224, 224),
         preparation=backbone.preparation,
-        taught=120,
-        asked=80,
+        train_count=120,
+        test_count=80,
         folder=str(shared_data / "imagenette-224"),
     )  # fmt: skip
-    found = classes.classify(backbone, train, test, asked=["Imagenette"], seeds=(0,))
+    found = classification.classify(backbone, train, test, tasks=["Imagenette"], seeds=(0,))
     score = found["score"].sel(task="Imagenette")
     assert float(score.sel(token="cls")) > 0.85
     assert float(score.sel(token="cls")) > float(score.sel(token="normal")) > 0.3
@@ -289,17 +295,17 @@ def test_a_published_model_tells_real_classes(shared_data: Any) -> None:
 
 def test_real_sets_by_name(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "CIFAR-10").symlink_to(shared_data / "cifar10")
-    backbone = backbones.load("clip-pico", device="cpu")
+    backbone = registry.load("clip-pico", device="cpu")
     how = {"folder": str(tmp_path), "taught": 60, "asked": 40, "seeds": [0], "strengths": [1e-2, 1.0]}
-    found = classes.classify_sets(backbone, ["CIFAR-10"], **how)
-    prints = tasks.fingerprints(["CIFAR-10"], str(tmp_path))
-    assert prints == tasks.fingerprints(["CIFAR-10"], f"{tmp_path}/")
+    found = classification.classify_sets(backbone, ["CIFAR-10"], **how)
+    prints = datasets.fingerprints(["CIFAR-10"], str(tmp_path))
+    assert prints == datasets.fingerprints(["CIFAR-10"], f"{tmp_path}/")
     own = images.load(
         "scenes", size=96, count=2
     )  # a stored result names its images, but here the set's take their place
-    xr.testing.assert_identical(classes.classify_real(backbone, own, prints=prints, **how), found)
+    xr.testing.assert_identical(classification.classify_real(backbone, own, prints=prints, **how), found)
     (tmp_path / "CIFAR-10").unlink()
     (tmp_path / "CIFAR-10").symlink_to(shared_data / "imagenette-224")
-    assert tasks.fingerprints(["CIFAR-10"], str(tmp_path)) != prints
+    assert datasets.fingerprints(["CIFAR-10"], str(tmp_path)) != prints
     assert found["task"].values.tolist() == ["CIFAR-10"]
     assert int(found["n"].sel(token="cls").item()) == 40

@@ -18,12 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vitregs
-from vitregs import backbones, chapters, draw, results
+from vitregs import cache, paths, report
+from vitregs.book import execute, parameters
+from vitregs.book.chapter import tempfile
 from vitregs.cli import main
-from vitregs.pretrain import loop, schedules, scores
+from vitregs.models import registry
+from vitregs.train import evaluation, loop, schedules
 
 PICO = "supervised-pico"
-WEIGHTS = backbones.ZOO / PICO / "weights.safetensors"
+WEIGHTS = registry.ZOO / PICO / "weights.safetensors"
 
 Fails = Callable[..., str]
 
@@ -63,7 +66,7 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("", "required: command"),
         ("rnu 2", "unknown command 'rnu': did you mean 'run'?"),
@@ -133,9 +136,9 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("train supervised-pico steps=1 --device cdua", "device 'cdua' is not available"),
     ],
 )
-def test_wrong_words(fails: Fails, monkeypatch: pytest.MonkeyPatch, words: str, says: str) -> None:
-    monkeypatch.setattr(chapters, "execute", checked(chapters.check))
-    assert says in fails(*words.split())
+def test_wrong_words(fails: Fails, monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
+    monkeypatch.setattr(execute, "run_chapter", checked(parameters.check))
+    assert message in fails(*words.split())
 
 
 def checked(check: Callable) -> Callable:
@@ -155,17 +158,17 @@ def test_help_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["run"], ["run", "-h"], ["run", "--help"]):
         assert main(words) == 0
         out = capsys.readouterr().out
-        assert all(name in out for name in chapters.names())
+        assert all(name in out for name in parameters.names())
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == vitregs.__version__
 
 
-@pytest.mark.parametrize("chapter", chapters.names())
+@pytest.mark.parametrize("chapter", parameters.names())
 def test_help_of_a_chapter_lists_its_parameters(chapter: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", chapter, "--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "--out PATH: " in out
-    for p in chapters.parameters(chapter).values():  # the help of a parameter states its range or choices
+    for p in parameters.chapter_parameters(chapter).values():  # the help of a parameter states its range or choices
         kind = "STR..." if p.type is list else p.type.__name__.upper()
         names = f"--{p.name}" + (f", --{p.name.replace('_', '-')}" if "_" in p.name else "")
         assert f"{names} {kind}: {' '.join(p.help.split())} [default: {p.default!r}]" in out
@@ -223,22 +226,22 @@ sys.exit(main(["models"]))
 
 def test_diagnose(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[object] = []
-    real = draw.diagnosis
-    monkeypatch.setattr(draw, "diagnosis", lambda found: drawn.append(found) or real(found))
+    real = report.norms.plot_diagnosis
+    monkeypatch.setattr(report.norms, "plot_diagnosis", lambda found: drawn.append(found) or real(found))
     assert main(["diagnose", PICO, "--count", "4", "--device", "cpu", "--plot", "deep/norms.png", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["model"] == PICO
-    assert told["pictures"] == 4
-    assert told["size"] == [96, 96]
-    assert [row["layer"] for row in told["layers"]] == list(range(9))
-    assert told["verdict"] in ("artifacts", "none", "inconclusive")
-    with Image.open(here / "deep" / "norms.png") as picture:
-        assert min(picture.size) > 300
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"] == PICO
+    assert facts["image_count"] == 4
+    assert facts["size"] == [96, 96]
+    assert [row["layer"] for row in facts["layers"]] == list(range(9))
+    assert facts["verdict"] in ("artifacts", "none", "inconclusive")
+    with Image.open(here / "deep" / "norms.png") as image:
+        assert min(image.size) > 300
     assert [p.name for p in (here / "deep").iterdir()] == ["norms.png"]
-    assert drawn[0].facts() == {**told, "size": (96, 96)}
+    assert drawn[0].facts() == {**facts, "size": (96, 96)}
     assert main(["diagnose", PICO, "--count", "2", "--size", "64", "96", "--device", "cpu", "--cutoff", "1e6"]) == 0
     text = capsys.readouterr().out
-    assert f"{PICO} (zoo, supervised) on 2 pictures of scenes at 64x96" in text
+    assert f"{PICO} (zoo, supervised) on 2 images of scenes at 64x96" in text
     assert "verdict: " in text
     assert "fixed at 1e+06" in text
 
@@ -261,7 +264,7 @@ def test_weights_that_cannot_be_used(here: Path, fails: Fails) -> None:
     assert "'cls_token' has shape (1, 1, 95), not (1, 1, 96)" in ask("wide.safetensors")
     save_file({k: v for k, v in state.items() if "blocks.7" not in k}, here / "short.safetensors")
     assert "12 tensors are missing, 'blocks.7.attn.proj.bias' first" in ask("short.safetensors")
-    assert "does not fit" in ask(str(backbones.ZOO / f"{PICO}-reg4" / "weights.safetensors"))
+    assert "does not fit" in ask(str(registry.ZOO / f"{PICO}-reg4" / "weights.safetensors"))
     torch.save({"model": Trap()}, here / "trap.pth")
     assert "holds code besides tensors, which is never run" in ask("trap.pth")
     assert not (here / "sprung").exists()
@@ -276,18 +279,18 @@ def test_no_network(fails: Fails, here: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "hub"))
-    says = fails("diagnose", "test_vit.r160_in1k", "--device", "cpu")
-    assert "cannot fetch the weights of test_vit.r160_in1k from the hub (no network" in says
-    assert "--weights" in says
-    says = fails("diagnose", PICO, "--device", "cpu", "--images", "some/pictures")
-    assert "cannot load images from 'some/pictures'" in says
+    message = fails("diagnose", "test_vit.r160_in1k", "--device", "cpu")
+    assert "cannot fetch the weights of test_vit.r160_in1k from the hub (no network" in message
+    assert "--weights" in message
+    message = fails("diagnose", PICO, "--device", "cpu", "--images", "some/pictures")
+    assert "cannot load images from 'some/pictures'" in message
 
 
 @pytest.mark.filterwarnings("default:skipped")
-def test_pictures_that_cannot_be_used(here: Path, fails: Fails, capfd: pytest.CaptureFixture[str]) -> None:
+def test_images_that_cannot_be_used(here: Path, fails: Fails, capfd: pytest.CaptureFixture[str]) -> None:
     (here / "empty").mkdir()
     (here / "notes").mkdir()
-    (here / "notes" / "a.txt").write_text("no picture")
+    (here / "notes" / "a.txt").write_text("no image")
     for folder in ("empty", "notes"):
         assert f"no images in {folder}" in fails("diagnose", PICO, "--device", "cpu", "--images", folder)
         assert f"no images in ./{folder}" in fails("run", "2", "--images", f"./{folder}")
@@ -301,7 +304,7 @@ def test_pictures_that_cannot_be_used(here: Path, fails: Fails, capfd: pytest.Ca
     assert main(["diagnose", PICO, "--device", "cpu", "--images", "mixed", "--json"]) == 0
     out, err = capfd.readouterr()
     assert json.loads(out)["skipped"] == ["bad.png"]
-    assert json.loads(out)["pictures"] == 2
+    assert json.loads(out)["image_count"] == 2
     assert err.startswith("vitregs: skipped 1 of 3 images of mixed that cannot be decoded: bad.png")
     assert err.count("\n") == 1
 
@@ -313,7 +316,7 @@ def test_a_plot_that_cannot_be_written_is_found_before_the_work(
     (here / "folder.png").mkdir()
     words = ("diagnose", PICO, "--count", "2", "--device", "cpu", "--plot")
     with monkeypatch.context() as patch:
-        patch.setattr(backbones, "load", lambda *_, **__: pytest.fail("work was begun"))
+        patch.setattr(registry, "load", lambda *_, **__: pytest.fail("work was begun"))
         assert "cannot write file/norms.png: file is no folder" in fails(*words, "file/norms.png")
         assert "cannot write file/a/b/norms.png: file is no folder" in fails(*words, "file/a/b/norms.png")
         assert "cannot write folder.png: it is a folder" in fails(*words, "folder.png")
@@ -331,7 +334,7 @@ def test_a_plot_that_fails_leaves_the_report(
             Path(spare).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(draw, "diagnosis", lambda _found: Figure())
+    monkeypatch.setattr(report.norms, "plot_diagnosis", lambda _found: Figure())
     assert main(["diagnose", PICO, "--count", "2", "--device", "cpu", "--json", "--plot", "old.png"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["model"] == PICO
@@ -361,9 +364,9 @@ def test_one_image(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("photo.PNG", "other.png"):
         Image.fromarray(noise).save(here / name)
     assert main(["diagnose", PICO, "--images", "photo.PNG", "--size", "192", "--device", "cpu", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["pictures"] == 1
-    assert told["images"] == "photo.PNG"
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["image_count"] == 1
+    assert facts["images"] == "photo.PNG"
 
 
 def test_an_address_keeps_its_slashes(fails: Fails, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +384,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """Words for a training of two steps."""
     for name, value in {"WATCHED": 4, "SCORED": 8, "QUERIES": 8, "BANK": 8}.items():
         monkeypatch.setattr(loop, name, value)
-    monkeypatch.setattr(scores, "PROBED", 24)
+    monkeypatch.setattr(evaluation, "PROBED", 24)
     return ("train", PICO, "steps=2", "batch=2", "image_size=32", "--device", "cpu", "--out", "net")
 
 
@@ -466,7 +469,7 @@ count: int = 2  # numbers [1, 9]
 part_of_it: float = 0.5  # of no use [0.25, 0.75]
 loud: bool = False  # of no use either
 how: str = "well"  # what happens {well, problem, error, death, wait}
-images: str = "scenes"  # pictures
+images: str = "scenes"  # images
 names: list = []  # of no use
 """,
     "work": """\
@@ -484,7 +487,7 @@ def slowly():
 
 results.stored(folder / "first.nc", lambda: xr.Dataset({"a": ("x", [1.0] * count)}), key={"count": count})
 if how == "problem":
-    raise Problem("the pictures\\n are wrong")
+    raise InputError("the images\\n are wrong")
 if how == "error":
     1 / 0
 if how == "death":
@@ -506,7 +509,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
         book.cells.append(cell)
     folder = tmp_path_factory.mktemp("notebooks")
     nbformat.write(book, folder / "07_fake.ipynb")
-    monkeypatch.setattr(chapters, "NOTEBOOKS", folder)
+    monkeypatch.setattr(parameters, "NOTEBOOKS", folder)
     return folder
 
 
@@ -558,14 +561,14 @@ def test_words_become_values(
 ) -> None:
     (here / "one, file.pth").touch()
     seen: list[tuple] = []
-    monkeypatch.setattr(chapters, "execute", lambda *told: seen.append(told))
+    monkeypatch.setattr(execute, "run_chapter", lambda *facts: seen.append(facts))
     assert main(["run", "fake", *words]) == 0
-    assert seen == [("07_fake", given, results.BUILD / "runs" / "07_fake.ipynb", results.BUILD / "results")]
+    assert seen == [("07_fake", given, paths.BUILD / "runs" / "07_fake.ipynb", paths.BUILD / "results")]
     assert [type(v) for v in seen[0][1].values()] == [type(v) for v in given.values()]
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("--part-of-it 0.8", "part_of_it must lie within 0.25 to 0.75, not 0.8"),
         ("--part_of_it nan", "part_of_it must lie within"),
@@ -578,20 +581,20 @@ def test_words_become_values(
         ("--count 2 --part 0.5", "unknown parameter of 07_fake 'part'"),
     ],
 )
-def test_wrong_values(fake: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch, words: str, says: str) -> None:
-    monkeypatch.setattr(chapters, "execute", checked(chapters.check))
-    assert says in fails(*RUN, *words.split())
+def test_wrong_values(fake: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
+    monkeypatch.setattr(execute, "run_chapter", checked(parameters.check))
+    assert message in fails(*RUN, *words.split())
 
 
 def test_a_cell_that_fails_leaves_the_old_notebook(here: Path, fake: Path, fails: Fails) -> None:
     (here / "made").mkdir()
     (here / "made" / "out.ipynb").write_text("the old notebook")
     made = ("kept", "kept/07_fake", "kept/07_fake/first.nc")  # measured before the failure, and whole
-    assert fails(*RUN, "--how", "problem", made=made) == "vitregs: 07_fake stopped: the pictures are wrong\n"
-    says = fails(*RUN, "--how", "error", made=made)
-    assert says == "vitregs: 07_fake stopped: ZeroDivisionError: division by zero\n"
-    says = fails(*RUN, "--how", "death", made=made)
-    assert says == "vitregs: 07_fake stopped: its kernel was killed, perhaps for want of memory\n"
+    assert fails(*RUN, "--how", "problem", made=made) == "vitregs: 07_fake stopped: the images are wrong\n"
+    message = fails(*RUN, "--how", "error", made=made)
+    assert message == "vitregs: 07_fake stopped: ZeroDivisionError: division by zero\n"
+    message = fails(*RUN, "--how", "death", made=made)
+    assert message == "vitregs: 07_fake stopped: its kernel was killed, perhaps for want of memory\n"
 
 
 def test_folders_that_cannot_be_written(here: Path, fake: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -603,7 +606,7 @@ def test_folders_that_cannot_be_written(here: Path, fake: Path, fails: Fails, mo
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr(chapters.tempfile, "TemporaryFile", deny)
+        patch.setattr(tempfile, "TemporaryFile", deny)
         assert "cannot write results in kept: Read-only file system" in fails(*RUN)
 
 
@@ -662,7 +665,7 @@ def test_a_killed_run_leaves_what_was_there(here: Path, fake: Path, capfd: pytes
     same = ("made/out.ipynb", "kept/07_fake/second.nc")
     assert {k: now[k] for k in same} == {k: old[k] for k in same}
     assert now.keys() == old.keys()
-    assert results.load(here / "kept" / "07_fake" / "first.nc").sizes["x"] == 5  # of the new run, and whole
+    assert cache.load_dataset(here / "kept" / "07_fake" / "first.nc").sizes["x"] == 5  # of the new run, and whole
     assert main([*RUN, "--count", "5"]) == 0
     book = nbformat.read(here / "made" / "out.ipynb", as_version=4)
     assert book.cells[-1].outputs[0].text == "5.0\n"

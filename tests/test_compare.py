@@ -14,7 +14,8 @@ import xarray as xr
 
 from tests import compare
 from tests.compare import CHOSEN, Chosen, Tolerance
-from vitregs import chapters, results
+from vitregs import cache, paths
+from vitregs.book import parameters
 
 TABLE = """<table><tr><th>model</th><th>verdict</th><th>share, %</th><th>wins</th></tr>
 <tr><td>clip-pico</td><td>artifacts</td><td>14.2 [11.6, 17.0]</td><td>9 of 14</td></tr>
@@ -30,7 +31,7 @@ def stream(text: str, name: str = "stdout") -> dict[str, Any]:
 
 
 PICTURE = {"output_type": "display_data", "data": {"image/png": "abc", "text/plain": "<Figure size 640x480>"}}
-ERROR = {"output_type": "error", "ename": "Problem", "evalue": "no such model", "traceback": []}
+ERROR = {"output_type": "error", "ename": "InputError", "evalue": "no such model", "traceback": []}
 
 
 @pytest.mark.parametrize(
@@ -111,8 +112,8 @@ def test_numbers_and_words() -> None:
 
 def test_every_wide_tolerance_has_its_reason() -> None:
     stated = 0
-    for name in chapters.names():
-        for cell in nbformat.read(chapters.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells:
+    for name in parameters.names():
+        for cell in nbformat.read(parameters.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells:
             assert set(cell.metadata.get("vitregs", {})) <= {"tolerance"}, cell.id
             if "vitregs" in cell.metadata:
                 allowed = compare.tolerance(cell)
@@ -128,9 +129,9 @@ def test_every_rule_for_arrays_is_used() -> None:
     names = {
         f"{file.parent.name}/{file.name.split('.')[0]}/{key}"
         for file in {
-            (p.parent, p.name.split(".")[0]): p for p in (results.ROOT / "data" / "results").glob("[01]*/*.nc")
+            (p.parent, p.name.split(".")[0]): p for p in (paths.ROOT / "data" / "results").glob("[01]*/*.nc")
         }.values()
-        for key in results.load(file)
+        for key in cache.load_dataset(file)
     }
     assert [r.names for r in CHOSEN if not any(re.fullmatch(r.names, n) for n in names)] == []
     assert compare.rule("02_norms/norms/value") is None
@@ -180,14 +181,14 @@ def test_folders_of_arrays(tmp_path: Path) -> None:
     a, b = tmp_path / "a" / "02_norms", tmp_path / "b" / "02_norms"
     data = numbers([1.0, 2.0], "layer", layer=[0, 1]).to_dataset(name="value")
     for folder in (a, b):
-        results.save(data, folder / "norms.one.nc")
+        cache.save_dataset(data, folder / "norms.one.nc")
     assert compare.arrays(a, b) == []
-    results.save(data.assign_coords(layer=[0, 2]), b / "norms.one.nc")
+    cache.save_dataset(data.assign_coords(layer=[0, 2]), b / "norms.one.nc")
     assert len(compare.arrays(a, b)) == 1
-    results.save(data, a / "norms.two.nc")
+    cache.save_dataset(data, a / "norms.two.nc")
     (b / "norms.one.nc").unlink()
     assert compare.arrays(a, b) == ["norms.one.nc is missing", "norms.two.nc is missing"]
-    results.save(data, b / "norms.three.nc")
+    cache.save_dataset(data, b / "norms.three.nc")
     assert "norms.three.nc is new, or left by an older build" in compare.arrays(a, b)
 
 
@@ -196,40 +197,62 @@ def test_folders_of_arrays(tmp_path: Path) -> None:
 
 def book(file: Path, *cells: tuple[str, list[Any], dict[str, Any]]) -> Path:
     made = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    for i, (source, said, about) in enumerate(cells):
-        cell = nbformat.v4.new_code_cell(source, outputs=said, metadata=about, execution_count=i + 1)
+    for i, (source, predicted, about) in enumerate(cells):
+        cell = nbformat.v4.new_code_cell(source, outputs=predicted, metadata=about, execution_count=i + 1)
         cell["id"] = f"cell-{i}"
         made.cells.append(cell)
     nbformat.write(made, file)
     return file
 
 
-def said(text: str) -> list[Any]:
+def predicted(text: str) -> list[Any]:
     return [nbformat.v4.new_output("stream", name="stdout", text=text)]
 
 
 def test_notebooks_are_compared_cell_by_cell(tmp_path: Path) -> None:
     loose = {"vitregs": {"tolerance": {"decimals": 1.0, "because": "a test"}}}
     always = {"tags": ["nbval-ignore-output"]}
-    old = book(tmp_path / "old.ipynb", ("a", said("1.0"), {}), ("b", said("1.0"), loose), ("c", said("x"), always))
-    new = book(tmp_path / "new.ipynb", ("a", said("1.0"), {}), ("b", said("1.9"), loose), ("c", said("y"), always))
+    old = book(
+        tmp_path / "old.ipynb",
+        ("a", predicted("1.0"), {}),
+        ("b", predicted("1.0"), loose),
+        ("c", predicted("x"), always),
+    )
+    new = book(
+        tmp_path / "new.ipynb",
+        ("a", predicted("1.0"), {}),
+        ("b", predicted("1.9"), loose),
+        ("c", predicted("y"), always),
+    )
     assert compare.notebooks(old, new) == []
-    new = book(tmp_path / "new.ipynb", ("a", said("1.9"), {}), ("b", said("1.9"), loose), ("c", said("y"), always))
+    new = book(
+        tmp_path / "new.ipynb",
+        ("a", predicted("1.9"), {}),
+        ("b", predicted("1.9"), loose),
+        ("c", predicted("y"), always),
+    )
     assert compare.notebooks(old, new) == ["[cell-0] 1.9 for 1.0"]
     error = [nbformat.v4.new_output("error", ename="E", evalue="e", traceback=[])]
-    new = book(tmp_path / "new.ipynb", ("a", said("1.0"), {}), ("b", said("1.9"), loose), ("c", error, always))
+    new = book(
+        tmp_path / "new.ipynb", ("a", predicted("1.0"), {}), ("b", predicted("1.9"), loose), ("c", error, always)
+    )
     assert len(compare.notebooks(old, new)) > 0
-    new = book(tmp_path / "new.ipynb", ("a", said("1.0"), {}), ("other", said("1.9"), loose), ("c", said("y"), always))
+    new = book(
+        tmp_path / "new.ipynb",
+        ("a", predicted("1.0"), {}),
+        ("other", predicted("1.9"), loose),
+        ("c", predicted("y"), always),
+    )
     assert "was not executed from" in compare.notebooks(old, new)[0]
 
 
 def test_nbval_compares_in_this_way(tmp_path: Path) -> None:
     loose = {"vitregs": {"tolerance": {"decimals": 1.0, "because": "a test"}}}
-    cells = [("1.26", said("1.25\n"), {}), ("1.5", said("1.0\n"), loose), ("2.5", said("1.0\n"), loose)]
+    cells = [("1.26", predicted("1.25\n"), {}), ("1.5", predicted("1.0\n"), loose), ("2.5", predicted("1.0\n"), loose)]
     file = book(tmp_path / "small.ipynb", *((f"print({n})", o, m) for n, o, m in cells))
-    words = ["-m", "pytest", "-p", "tests.compare", "--nbval", "--nbval-current-env", "-o", "addopts=", str(file)]
+    message = ["-m", "pytest", "-p", "tests.compare", "--nbval", "--nbval-current-env", "-o", "addopts=", str(file)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    done = subprocess.run([sys.executable, *words], cwd=results.ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *message], cwd=paths.ROOT, env=environment, capture_output=True, text=True)
     assert "2 passed" in done.stdout, done.stdout + done.stderr
     assert "1 failed" in done.stdout
     assert "2.5 for 1.0" in done.stdout

@@ -6,9 +6,10 @@ import xarray as xr
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 
-from vitregs import components
-from vitregs.problems import Problem
-from vitregs.results import token_coords
+from vitregs import report
+from vitregs.arrays import token_coords
+from vitregs.errors import InputError
+from vitregs.measure import pca
 
 GRID = (3, 5)
 
@@ -22,7 +23,7 @@ def states(n: int = 4, d: int = 6, seed: int = 0) -> xr.DataArray:
 
 def test_maps_are_those_of_scikit_learn() -> None:
     x = states()
-    found = components.principal(x, count=3)
+    found = pca.principal(x, count=3)
     assert found["maps"].shape == (4, 3, 3, 5)
     for i in range(4):
         theirs = PCA(3, whiten=True)
@@ -33,7 +34,7 @@ def test_maps_are_those_of_scikit_learn() -> None:
 
 
 def test_maps_are_white_and_skewed_to_the_right() -> None:
-    maps = components.principal(states(), count=3)["maps"].values.reshape(4, 3, 15)
+    maps = pca.principal(states(), count=3)["maps"].values.reshape(4, 3, 15)
     np.testing.assert_allclose(maps.mean(-1), 0, atol=1e-9)
     np.testing.assert_allclose(maps.std(-1), 1, atol=1e-9)
     assert ((maps**3).mean(-1) >= 0).all()
@@ -44,7 +45,7 @@ def test_a_planted_direction_is_the_first_component() -> None:
     pattern = np.zeros(15)
     pattern[[4, 9]] = 100.0
     x.values[:, 2:] += pattern[:, None] * np.ones(6)
-    found = components.principal(x, count=1)
+    found = pca.principal(x, count=1)
     assert (found["variance"].values > 0.98).all()
     for row in found["maps"].values.reshape(4, 15):
         assert set(np.argsort(-row)[:2]) == {4, 9}
@@ -52,24 +53,24 @@ def test_a_planted_direction_is_the_first_component() -> None:
 
 def test_together_they_share_one_analysis() -> None:
     x = states()
-    both = components.principal(x, count=2, joint=True)
+    both = pca.principal(x, count=2, joint=True)
     theirs = PCA(2, whiten=True).fit_transform(x.values[:, 2:].reshape(60, 6)) * np.sqrt(60 / 59)
     theirs *= np.sign((theirs**3).mean(0))
     np.testing.assert_allclose(both["maps"].values.transpose(0, 2, 3, 1).reshape(60, 2), theirs, atol=1e-8)
     assert (both["variance"].values == both["variance"].values[0]).all()
 
 
-def test_the_order_of_pictures_does_not_matter() -> None:
+def test_the_order_of_images_does_not_matter() -> None:
     x = states()
     order = [2, 0, 3, 1]
     np.testing.assert_allclose(
-        components.principal(x[order])["maps"].values, components.principal(x)["maps"].values[order], atol=1e-9
+        pca.principal(x[order])["maps"].values, pca.principal(x)["maps"].values[order], atol=1e-9
     )
 
 
 def test_colours_lie_within_range() -> None:
-    maps = components.principal(states(), count=3)["maps"]
-    found = components.colours(maps)
+    maps = pca.principal(states(), count=3)["maps"]
+    found = report.features.colours(maps)
     assert found.shape == (4, 3, 5, 3)
     assert found.min() >= 0
     assert found.max() <= 1
@@ -82,11 +83,11 @@ def test_the_summary_finds_a_map_that_is_the_norm() -> None:
     norms = xr.DataArray(
         np.linalg.norm(x.values, axis=-1), dims=("image", "token"), coords={k: x[k] for k in ("kind",)}
     )
-    ground = np.tile(np.linspace(1, 0, 15), (4, 1))
-    table = components.summary({"a": components.principal(x)}, {"a": norms}, {"a": ground}).iloc[0]
+    background = np.tile(np.linspace(1, 0, 15), (4, 1))
+    table = report.features.summary({"a": pca.principal(x)}, {"a": norms}, {"a": background}).iloc[0]
     assert table["with norm"].startswith(("1.00", "0.99"))
     assert table["with background"].startswith(("1.00", "0.99"))
-    without = components.summary({"a": components.principal(x)}, {"a": norms}, {"a": None}).iloc[0]
+    without = report.features.summary({"a": pca.principal(x)}, {"a": norms}, {"a": None}).iloc[0]
     assert without["with background"] == "no masks"
 
 
@@ -94,11 +95,11 @@ def test_rank_correlation_is_that_of_scipy() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 4, (3, 20)), rng.normal(size=(3, 20))
     slow = [abs(spearmanr(p, q).statistic) for p, q in zip(a, b, strict=True)]
-    np.testing.assert_allclose(components._alike(a, b), slow)
+    np.testing.assert_allclose(report.features._alike(a, b), slow)
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(Problem, match="there are 1 to 6 components of these 15 patches, not 7"):
-        components.principal(states(), count=7)
-    with pytest.raises(Problem, match="three components make colours: ask principal for count=3"):
-        components.colours(components.principal(states(), count=2)["maps"])
+    with pytest.raises(InputError, match="there are 1 to 6 components of these 15 patches, not 7"):
+        pca.principal(states(), count=7)
+    with pytest.raises(InputError, match="three components make colours: ask principal for count=3"):
+        report.features.colours(pca.principal(states(), count=2)["maps"])

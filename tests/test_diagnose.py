@@ -10,17 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from vitregs import artifacts, backbones, images
-from vitregs.backbones import Backbone
-from vitregs.diagnose import Diagnosis, diagnose
-from vitregs.problems import Problem
+from vitregs import arrays
+from vitregs.data import images
+from vitregs.errors import InputError
+from vitregs.measure import outliers
+from vitregs.measure.diagnose import Diagnosis, diagnose
+from vitregs.models import registry
+from vitregs.models.backbone import Backbone
 
-SIDE, PICTURES, LAYER = 96, 60, 2
+SIDE, IMAGES, LAYER = 96, 60, 2
 COLUMNS = ["layer", "median", "largest", "top1", "cutoff", "share", "separation", "ratio", "sink", "sink_error"]
 
 
 def small(name: str = "vit_tiny_patch16_224", **options: object) -> Backbone:
-    return backbones.random(name, depth=4, img_size=SIDE, **options)
+    return registry.random(name, depth=4, img_size=SIDE, **options)
 
 
 def plant(backbone: Backbone, norm: float = 80.0) -> Backbone:
@@ -50,15 +53,15 @@ def plant(backbone: Backbone, norm: float = 80.0) -> Backbone:
 
 
 def paint(folder: Path, size: tuple[int, int] = (SIDE, SIDE), flat: int = 2, seed: int = 0) -> float:
-    """Pictures of noise with `flat` flat patches each, at random: → share of flat patches."""
+    """Images of noise with `flat` flat patches each, at random: → share of flat patches."""
     rng = np.random.default_rng(seed)
     rows, columns = size[0] // 16, size[1] // 16
-    for n in range(PICTURES):
-        picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    for n in range(IMAGES):
+        image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
         for place in rng.choice(rows * columns, flat, replace=False):
             y, x = divmod(int(place), columns)
-            picture[16 * y : 16 * y + 16, 16 * x : 16 * x + 16] = rng.integers(0, 256, 3)
-        Image.fromarray(picture).save(folder / f"{n:02d}.png")
+            image[16 * y : 16 * y + 16, 16 * x : 16 * x + 16] = rng.integers(0, 256, 3)
+        Image.fromarray(image).save(folder / f"{n:02d}.png")
     return flat / (rows * columns)
 
 
@@ -81,7 +84,7 @@ def test_planted_artifacts_are_found_at_their_layer_with_their_share(planted: Ca
     assert (found.verdict, found.layer) == ("artifacts", LAYER)
     row = found.layers.set_index("layer").loc[LAYER]
     assert row["share"] == pytest.approx(planted.share, rel=0.1)
-    assert row["ratio"] > artifacts.CERTAIN_RATIO
+    assert row["ratio"] > outliers.CERTAIN_RATIO
     assert f"holds {100 * row['share']:.2f} % of the patch tokens" in found.evidence
 
 
@@ -93,7 +96,7 @@ def test_the_other_layers_are_clean(planted: Case):
 
 def test_the_right_tokens_are_the_outliers(planted: Case):
     norms = planted.found.norms.sel(layer=LAYER)
-    marked = artifacts.patches(artifacts.outliers(norms, artifacts.cutoff(norms)))
+    marked = arrays.patches(outliers.mark_outliers(norms, outliers.find_cutoff(norms)))
     files = [planted.folder / name for name in sorted(p.name for p in planted.folder.iterdir())]
     order = np.random.default_rng(0).permutation(len(files))  # as images draws them
     for row, i in zip(marked.values, order, strict=True):
@@ -126,9 +129,9 @@ def test_what_was_looked_at_is_said(planted: Case):
     found = planted.found
     assert found.model == "vit_tiny_patch16_224"
     assert found.weights == "random weights"
-    assert (found.pictures, found.size, found.skipped) == (PICTURES, (SIDE, SIDE), [])
+    assert (found.image_count, found.size, found.skipped) == (IMAGES, (SIDE, SIDE), [])
     assert list(found.layers.columns) == COLUMNS
-    assert found.norms.sizes == {"image": PICTURES, "layer": 5, "token": 37}
+    assert found.norms.sizes == {"image": IMAGES, "layer": 5, "token": 37}
     assert found.layers["sink"].isna().tolist() == [True, False, False, False, False]
     assert (found.layers["sink"][1:] >= 0.9).all()  # the most attended patch gets at least about a fair share
 
@@ -150,35 +153,35 @@ def test_a_fixed_cutoff_above_all_norms(planted: Case):
 
 
 def test_a_cutoff_that_makes_no_sense_is_a_problem(planted: Case):
-    with pytest.raises(Problem, match="positive"):
+    with pytest.raises(InputError, match="positive"):
         diagnose(small(), images.load(str(planted.folder), size=SIDE, count=2), cut=-1.0)
 
 
 @pytest.mark.parametrize("size", [(64, 128), (128, 48)])
-def test_pictures_that_are_not_square(tmp_path: Path, size: tuple[int, int]):
+def test_images_that_are_not_square(tmp_path: Path, size: tuple[int, int]):
     share = paint(tmp_path, size, flat=1)
     found = diagnose(plant(small()), images.load(str(tmp_path), size=size))
     assert (found.verdict, found.layer, found.size) == ("artifacts", LAYER, size)
     assert found.layers["share"][LAYER] == pytest.approx(share, rel=0.1)
-    patch = artifacts.patches(found.norms)
+    patch = arrays.patches(found.norms)
     assert (int(patch.y.max()) + 1, int(patch.x.max()) + 1) == (size[0] // 16, size[1] // 16)
     assert f"at {size[0]}x{size[1]}" in found.text()
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
 @pytest.mark.parametrize("broken", ["00.png", "59.png", "30.png"])
-def test_all_skipped_pictures_are_reported(tmp_path: Path, broken: str):
+def test_all_skipped_images_are_reported(tmp_path: Path, broken: str):
     """Wherever they come in the order."""
     paint(tmp_path)
     (tmp_path / broken).write_bytes(b"no picture")
     found = diagnose(small(), images.load(str(tmp_path), size=SIDE), batch=4)
     assert found.skipped == [broken]
-    assert found.pictures == PICTURES - 1
+    assert found.image_count == IMAGES - 1
     assert found.facts()["skipped"] == [broken]
 
 
-def test_too_few_pictures_are_a_problem(planted: Case):
-    with pytest.raises(Problem, match="72 norms are too few"):
+def test_too_few_images_are_a_problem(planted: Case):
+    with pytest.raises(InputError, match="72 norms are too few"):
         diagnose(small(), images.load(str(planted.folder), size=SIDE, count=2))
 
 
@@ -194,7 +197,7 @@ def test_the_batch_does_not_matter(planted: Case):
 
 def test_scenes_are_diagnosed():
     found = diagnose(small(), images.load("scenes", size=SIDE, count=8))
-    assert (found.images, found.pictures) == ("scenes", 8)
+    assert (found.images, found.image_count) == ("scenes", 8)
     assert found.verdict != "artifacts"
 
 
@@ -213,7 +216,7 @@ def test_facts_are_json(planted: Case):
         "model",
         "weights",
         "images",
-        "pictures",
+        "image_count",
         "size",
         "verdict",
         "layer",
@@ -249,7 +252,7 @@ def test_the_report_in_words(planted: Case):
     found = planted.found
     text = found.text()
     lines = text.split("\n")
-    assert lines[0] == f"vit_tiny_patch16_224 (random weights) on 60 pictures of {planted.folder} at 96x96"
+    assert lines[0] == f"vit_tiny_patch16_224 (random weights) on 60 images of {planted.folder} at 96x96"
     header = lines[2]
     for title in ("layer", "median norm", "largest/median", "top 1%/median", "cut-off", "second mode %", "its ratio"):
         assert title in header

@@ -10,25 +10,18 @@ import xarray as xr
 from PIL import Image
 from scipy import ndimage
 
-from vitregs import (
-    artifacts,
-    backbones,
-    capture,
-    decoding,
-    discovery,
-    draw_discovery,
-    images,
-    published,
-    tables_discovery,
-)
-from vitregs.problems import Problem
-from vitregs.results import token_coords
+from vitregs import arrays, report
+from vitregs.arrays import token_coords
+from vitregs.data import decoding, images, published
+from vitregs.errors import InputError
+from vitregs.measure import lost
+from vitregs.models import capture, registry
 
 PATCH = (8, 4)  # pixels, rows before columns
 
 
 def slow_lost(features, shape, patch, bias, candidates=100, normalise=False):
-    """One picture, step by step from the protocol: (patches, channels) → seed, box in pixels, score, row, expansion, mask."""
+    """One image, step by step from the protocol: (patches, channels) → seed, box in pixels, score, row, expansion, mask."""
     f = features.astype(np.float64)
     if normalise:
         f = f / np.linalg.norm(f, axis=1, keepdims=True)
@@ -78,8 +71,8 @@ def random_features(n: int, shape: tuple[int, int], channels: int = 12, seed: in
 
 
 def compare(features: xr.DataArray, shape: tuple[int, int], patch=PATCH, **options) -> None:
-    found = discovery.lost(features, patch_size=patch, **options)
-    plain = artifacts.patches(features).values
+    found = lost.lost(features, patch_size=patch, **options)
+    plain = arrays.patches(features).values
     for i, one in enumerate(plain):
         seed, box, score, similarity, expansion, mask = slow_lost(one, shape, patch, **{"bias": 0.0, **options})
         assert int(found["seed"][i]) == seed
@@ -113,13 +106,13 @@ def test_ties_go_to_the_first_patch_row_by_row():
     compare(labelled(signs, (5, 7)), (5, 7), bias=0.0)
     compare(labelled(signs, (5, 7)), (5, 7), bias=-1.0, candidates=5)
     same = labelled(np.ones((1, 35, 3), np.float32), (5, 7))
-    assert int(discovery.lost(same, patch_size=PATCH)["seed"][0]) == 0
-    assert discovery.lost(same, patch_size=PATCH)["box"].values.tolist() == [[0, 0, 40, 28]]
+    assert int(lost.lost(same, patch_size=PATCH)["seed"][0]) == 0
+    assert lost.lost(same, patch_size=PATCH)["box"].values.tolist() == [[0, 0, 40, 28]]
 
 
 def test_a_seed_without_friends_is_the_object():
     features = labelled(random_features(3, (5, 6)), (5, 6))
-    found = discovery.lost(features, patch_size=PATCH, bias=-1e6)
+    found = lost.lost(features, patch_size=PATCH, bias=-1e6)
     assert found["mask"].sum(("y", "x")).values.tolist() == [1, 1, 1]
     assert found["box"].values.tolist() == [[0, 0, 8, 4]] * 3  # all degrees are 0
     compare(features, (5, 6), bias=-1e6)
@@ -127,9 +120,9 @@ def test_a_seed_without_friends_is_the_object():
 
 def test_zoo_models_box_for_box():
     for name in ("dinov2-pico-reg4", "supervised-pico"):
-        backbone = backbones.load(name, device="cpu")
+        backbone = registry.load(name, device="cpu")
         source = images.load("scenes", size=(64, 96), count=6)
-        for which in discovery.PROJECTIONS:
+        for which in lost.PROJECTIONS:
             raw = capture.projections(backbone, source, which=which)
             shape = backbone.grid(source.size)
             for bias in (0.0, "centre"):
@@ -138,9 +131,9 @@ def test_zoo_models_box_for_box():
 
 def test_a_published_model_on_photographs_box_for_box(shared_data: Path):
     weights = str(shared_data / "deit-tiny" / "deit_tiny_patch16_224.safetensors")
-    backbone = backbones.load("deit_tiny_patch16_224", weights=weights, device="cpu")
+    backbone = registry.load("deit_tiny_patch16_224", weights=weights, device="cpu")
     source = images.load(str(shared_data / "coco-256"), size=(160, 224), count=8)
-    for which in discovery.PROJECTIONS:
+    for which in lost.PROJECTIONS:
         raw = capture.projections(backbone, source, which=which)
         for bias in (0.0, "centre"):
             compare(raw, (10, 14), backbone.patch_size, bias=bias)
@@ -153,7 +146,7 @@ def test_components_against_scipy(shape):
     seeds = rng.integers(0, shape[0] * shape[1], 300)
     masks.reshape(300, -1)[np.arange(300), seeds] = True
     at = np.arange(shape[0] * shape[1]) == seeds[:, None]
-    found = discovery._component(torch.from_numpy(masks), torch.from_numpy(at)).numpy()
+    found = lost._component(torch.from_numpy(masks), torch.from_numpy(at)).numpy()
     for mask, seed, mine in zip(masks, seeds, found, strict=True):
         labels, _ = ndimage.label(mask)
         np.testing.assert_array_equal(mine, labels == labels.flat[seed])
@@ -166,7 +159,7 @@ def test_a_component_may_wind():
     )  # fmt: skip
     start = torch.zeros(1, spiral.size, dtype=torch.bool)
     start[0, 0] = True
-    found = discovery._component(torch.from_numpy(spiral[None]), start)
+    found = lost._component(torch.from_numpy(spiral[None]), start)
     np.testing.assert_array_equal(found[0], spiral)
 
 
@@ -175,11 +168,11 @@ def test_a_component_may_wind():
 
 def test_order_and_batch_do_not_matter(monkeypatch):
     features = labelled(random_features(9, (6, 7)), (6, 7))
-    whole = discovery.lost(features, patch_size=PATCH, bias="centre")
+    whole = lost.lost(features, patch_size=PATCH, bias="centre")
     turn = np.random.default_rng(0).permutation(9)
-    xr.testing.assert_identical(whole.isel(image=turn), discovery.lost(features[turn], patch_size=PATCH, bias="centre"))
-    monkeypatch.setattr(discovery, "CACHE", 2 * 42**2)  # two pictures at a time
-    xr.testing.assert_identical(whole, discovery.lost(features, patch_size=PATCH, bias="centre"))
+    xr.testing.assert_identical(whole.isel(image=turn), lost.lost(features[turn], patch_size=PATCH, bias="centre"))
+    monkeypatch.setattr(lost, "CACHE", 2 * 42**2)  # two images at a time
+    xr.testing.assert_identical(whole, lost.lost(features, patch_size=PATCH, bias="centre"))
 
 
 @pytest.mark.parametrize("registers", [0, 1, 4, 16])
@@ -187,21 +180,21 @@ def test_registers_and_cls_never_matter(registers):
     values = random_features(4, (5, 8))
     extra = 100 * np.random.default_rng(1).standard_normal((4, registers + 1, values.shape[-1])).astype(np.float32)
     with_prefix = labelled(np.concatenate([extra, values], 1), (5, 8), registers=registers, cls=True)
-    found = discovery.lost(with_prefix, patch_size=PATCH)
-    xr.testing.assert_equal(found, discovery.lost(labelled(values, (5, 8)), patch_size=PATCH))
+    found = lost.lost(with_prefix, patch_size=PATCH)
+    xr.testing.assert_equal(found, lost.lost(labelled(values, (5, 8)), patch_size=PATCH))
 
 
 def test_length_and_rotation_of_features_do_not_matter():
     values = random_features(5, (6, 5))
     turned = values[..., ::-1] * np.float32(4)
-    one, two = (discovery.lost(labelled(v, (6, 5)), patch_size=PATCH) for v in (values, turned))
+    one, two = (lost.lost(labelled(v, (6, 5)), patch_size=PATCH) for v in (values, turned))
     xr.testing.assert_equal(one["box"], two["box"])
     xr.testing.assert_equal(one["mask"], two["mask"])
 
 
-def test_boxes_end_where_a_padded_picture_ends():
+def test_boxes_end_where_a_padded_image_ends():
     same = labelled(np.ones((1, 30, 3), np.float32), (5, 6))
-    assert discovery.lost(same, patch_size=PATCH, size=(37, 22))["box"].values.tolist() == [[0, 0, 37, 22]]
+    assert lost.lost(same, patch_size=PATCH, size=(37, 22))["box"].values.tolist() == [[0, 0, 37, 22]]
 
 
 # --- scores
@@ -223,9 +216,9 @@ def planted(n: int = 30, shape: tuple[int, int] = (7, 10)) -> tuple[xr.DataArray
 
 def test_planted_objects_are_found():
     features, truth = planted()
-    found = discovery.lost(features, patch_size=PATCH)
+    found = lost.lost(features, patch_size=PATCH)
     np.testing.assert_array_equal(found["box"], [t[1] for t in truth])
-    scored = discovery.corloc(found["box"], truth, size=(56, 40))
+    scored = lost.corloc(found["box"], truth, size=(56, 40))
     assert (float(scored["corloc"]), float(scored["low"]), float(scored["high"]), int(scored["n"])) == (
         100,
         100,
@@ -242,7 +235,7 @@ def test_overlap_against_pixels():
     rng, grow = np.random.default_rng(0), np.array([0, 0, 1, 1])
     mine = np.sort(rng.integers(0, 20, (40, 2, 2)), 1).reshape(40, 4) + grow
     truth = [np.sort(rng.integers(0, 20, (k, 2, 2)), 1).reshape(k, 4) + grow for k in rng.integers(0, 4, 40)]
-    found = discovery.overlap(mine, truth)
+    found = lost.overlap(mine, truth)
     for box, true, value in zip(mine, truth, found, strict=True):
         painted = []
         for y0, x0, y1, x1 in [box, *true]:
@@ -255,7 +248,7 @@ def test_overlap_against_pixels():
 
 def test_a_half_overlap_is_a_hit_and_less_is_not():
     truth = [np.array([[0, 0, 10, 10.0]])] * 2 + [np.empty((0, 4))]
-    scored = discovery.corloc(boxes([0, 0, 10, 5], [0, 0, 10, 4.9], [0, 0, 1, 1]), truth, size=(10, 20))
+    scored = lost.corloc(boxes([0, 0, 10, 5], [0, 0, 10, 4.9], [0, 0, 1, 1]), truth, size=(10, 20))
     np.testing.assert_array_equal(scored["hit"], [1, 0, np.nan])
     assert float(scored["corloc"]) == 50
     assert int(scored["n"]) == 2
@@ -264,10 +257,10 @@ def test_a_half_overlap_is_a_hit_and_less_is_not():
 def test_a_sweep_is_lost_at_each_bias():
     features, truth = planted(12)
     features = features + np.float32(1.5)  # not centred: at 0 all patches are alike
-    swept = discovery.sweep(features, truth, patch_size=PATCH, biases=(-1.0, -0.95, -0.8, 0.0))
+    swept = lost.sweep(features, truth, patch_size=PATCH, biases=(-1.0, -0.95, -0.8, 0.0))
     for bias in (-1.0, -0.95, -0.8, 0.0):
-        found = discovery.lost(features, patch_size=PATCH, bias=bias, normalise=True)
-        one = discovery.corloc(found["box"], truth, size=(56, 40))
+        found = lost.lost(features, patch_size=PATCH, bias=bias, normalise=True)
+        one = lost.corloc(found["box"], truth, size=(56, 40))
         np.testing.assert_array_equal(swept["hit"].sel(bias=bias), one["hit"])
         assert float(swept["corloc"].sel(bias=bias)) == float(one["corloc"])
     assert float(swept["corloc"].max()) == 100
@@ -280,17 +273,17 @@ def test_a_bias_is_chosen_on_one_half_and_scored_on_the_other():
         dims=("bias", "image"),
         coords={"bias": [-0.5, 0.0, -0.25]},
     )
-    chosen = discovery.best(hits)
+    chosen = lost.choose_bias(hits)
     assert float(chosen["bias"]) == -0.25  # as good as -0.5 on the first half, and nearer to 0
     np.testing.assert_array_equal(chosen["hit"], [np.nan, np.nan, np.nan, 1, 0, 1])
     assert float(chosen["corloc"]) == pytest.approx(200 / 3)
     assert int(chosen["n"]) == 3
 
 
-def test_baselines_of_known_pictures():
+def test_baselines_of_known_images():
     whole, middle = np.array([[0, 0, 20, 40.0]]), np.array([[5, 10, 15, 30.0]])
-    found = discovery.baselines([whole, middle, np.empty((0, 4))], (20, 40), draws=2000)
-    np.testing.assert_array_equal(found.sel(rule="whole picture"), [1, 0, np.nan])
+    found = lost.baselines([whole, middle, np.empty((0, 4))], (20, 40), draws=2000)
+    np.testing.assert_array_equal(found.sel(rule="whole image"), [1, 0, np.nan])
     np.testing.assert_array_equal(found.sel(rule="half its sides, centred"), [0, 1, np.nan])
     wanted = []  # shares of the sides are those of two uniform points: density 2 (1 - s)
     side = (np.arange(2000) + 0.5) / 2000
@@ -304,39 +297,39 @@ def test_ratio_of_medians_of_a_known_answer():
     length, hot = np.ones((5, 12)), np.zeros((5, 12), bool)
     hot[:4, 2:5] = True
     length[hot] = 0.25
-    assert discovery.ratio_of_medians(length, hot) == (0.25, 0.25, 0.25, 4)
-    assert discovery.ratio_of_medians(length, hot & False)[3] == 0
+    assert lost.ratio_of_medians(length, hot) == (0.25, 0.25, 0.25, 4)
+    assert lost.ratio_of_medians(length, hot & False)[3] == 0
 
 
-def test_projection_norms_of_a_value_map_that_is_blind_to_outliers():
-    backbone = backbones.load("supervised-pico", device="cpu")
+def test_projection_norms_of_a_value_map_that_is_insensitive_to_outliers():
+    backbone = registry.load("supervised-pico", device="cpu")
     source = images.load("scenes", size=(64, 64), count=8)
-    found = discovery.projection_norms(backbone, source)
-    assert list(found["projection"].values) == list(discovery.PROJECTIONS)
+    found = lost.projection_norms(backbone, source)
+    assert list(found["projection"].values) == list(lost.PROJECTIONS)
     attention = backbone.net.blocks[-1].attn  # nothing but the bias is left of the values
     attention.qkv.weight.data[2 * backbone.width :] = 0
     attention.qkv.bias.data[2 * backbone.width :] = 1
-    found = discovery.projection_norms(backbone, source)
+    found = lost.projection_norms(backbone, source)
     assert float(found["ratio"].sel(projection="value")) == pytest.approx(1)
     assert (found["low"] <= found["ratio"]).all()
 
 
 def test_preferred_projections():
     wanted = {"dinov2-pico": "key", "dino-pico-reg4": "key", "supervised-pico": "value", "clip-pico": "value"}
-    assert {n: discovery.preferred(backbones.load(n, device="cpu")) for n in wanted} == wanted
+    assert {n: lost.preferred(registry.load(n, device="cpu")) for n in wanted} == wanted
 
 
-def test_whole_pictures_are_padded_and_boxes_clipped(tmp_path: Path):
-    """Pictures of two sizes, one of full patches and one to be padded; LOST of each is asked by hand."""
+def test_whole_images_are_padded_and_boxes_clipped(tmp_path: Path):
+    """Images of two sizes, one of full patches and one to be padded; LOST of each is asked by hand."""
     import datasets
 
-    backbone = backbones.load("dinov2-pico", device="cpu")
+    backbone = registry.load("dinov2-pico", device="cpu")
     drawn = next(images.load("scenes", size=(64, 88), count=2).batches())
     rows = {"image": [], "boxes": []}
     for pixels, boxes_, side in zip(drawn.pixels, drawn.boxes, ((64, 88), (61, 83)), strict=True):
         buffer = io.BytesIO()
-        picture = (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)[: side[0], : side[1]]
-        Image.fromarray(picture).save(buffer, "png")
+        image = (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)[: side[0], : side[1]]
+        Image.fromarray(image).save(buffer, "png")
         rows["image"].append({"bytes": buffer.getvalue(), "path": None})
         rows["boxes"].append(boxes_[:, [1, 0, 3, 2]].tolist())  # as data sets have them
     kinds = datasets.Features(
@@ -344,7 +337,7 @@ def test_whole_pictures_are_padded_and_boxes_clipped(tmp_path: Path):
     )
     datasets.Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / "validation.parquet")
     source = images.load(str(tmp_path), size=64)
-    found = discovery.whole(backbone, source, bias=-0.3, normalise=True)
+    found = lost.evaluate_full_size(backbone, source, bias=-0.3, normalise=True)
     wanted = []
     for item in source.source.items(None, 0):
         x = torch.from_numpy(np.asarray(decoding.decode(item.data), np.float32) / 255).permute(2, 0, 1)
@@ -352,12 +345,12 @@ def test_whole_pictures_are_padded_and_boxes_clipped(tmp_path: Path):
         padded = torch.tensor(backbone.mean)[:, None, None].expand(3, 64, 88).clone()
         padded[:, : size[0], : size[1]] = x
         features = capture.projections(backbone, padded[None], which="key")
-        one = discovery.lost(features, patch_size=(8, 8), size=tuple(size), bias=-0.3, normalise=True)
+        one = lost.lost(features, patch_size=(8, 8), size=tuple(size), bias=-0.3, normalise=True)
         assert (one["box"].values <= [*size, *size]).all()
-        wanted.append(discovery.overlap(one["box"].values, [np.array(item.boxes)[:, [1, 0, 3, 2]]])[0] >= 0.5)
+        wanted.append(lost.overlap(one["box"].values, [np.array(item.boxes)[:, [1, 0, 3, 2]]])[0] >= 0.5)
     np.testing.assert_array_equal(found["hit"], np.array(wanted, float))
-    with pytest.raises(Problem, match="scenes have no size of their own"):
-        discovery.whole(backbone, images.load("scenes", size=64, count=2))
+    with pytest.raises(InputError, match="scenes have no size of their own"):
+        lost.evaluate_full_size(backbone, images.load("scenes", size=64, count=2))
 
 
 # --- a whole study, its tables and figures
@@ -379,42 +372,42 @@ def studied(known: bool = True, n: int = 12) -> dict[str, xr.Dataset]:
             "seed": (("projection", "rule", "image"), np.full((3, 3, n), 9)),
             "box": (("projection", "rule", "image", "side"), np.tile([0, 8, 16, 32], (3, 3, n, 1))),
         }
-        data |= dict.fromkeys(draw_discovery.STEPS, (("projection", "rule", "drawn", "y", "x"), maps))
-        coords = {"projection": list(discovery.PROJECTIONS), "rule": list(discovery.RULES), "bias": [-1.0, -0.5]}
+        data |= dict.fromkeys(report.lost.STEPS, (("projection", "rule", "drawn", "y", "x"), maps))
+        coords = {"projection": list(lost.PROJECTIONS), "rule": list(lost.RULES), "bias": [-1.0, -0.5]}
         found[name] = xr.Dataset(data, coords=coords | {"used": "key", "model": name})
     return found
 
 
 def test_a_study_is_made_of_its_parts():
-    backbone = backbones.load("dinov2-pico", device="cpu")
+    backbone = registry.load("dinov2-pico", device="cpu")
     source = images.load("scenes", size=(64, 80), count=10)
-    found = discovery.study(backbone, source, biases=(-0.5, -0.2), candidates=20, shown=3)
+    found = lost.evaluate(backbone, source, biases=(-0.5, -0.2), candidates=20, shown=3)
     assert str(found["used"].values) == "key"
     assert found.sizes["drawn"] == 3
-    truth, features = discovery.true_boxes(source), capture.projections(backbone, source, which="value")
+    truth, features = lost.ground_truth_boxes(source), capture.projections(backbone, source, which="value")
     given = {"patch_size": backbone.patch_size, "candidates": 20}
-    swept = discovery.sweep(features, truth, biases=(-0.5, -0.2), **given)
-    picked = discovery.best(swept["hit"])
+    swept = lost.sweep(features, truth, biases=(-0.5, -0.2), **given)
+    picked = lost.choose_bias(swept["hit"])
     at = found.sel(projection="value")
     np.testing.assert_array_equal(at["swept"], swept["hit"])
     np.testing.assert_array_equal(at["hit"].sel(rule="best"), picked["hit"])
     assert float(at["chosen"]) == float(picked["bias"])
     settings = ({"bias": 0.0}, {"bias": "centre"}, {"bias": float(picked["bias"]), "normalise": True})
-    for rule, setting in zip(discovery.RULES, settings, strict=True):
-        one = discovery.lost(features, **given, **setting)
+    for rule, setting in zip(lost.RULES, settings, strict=True):
+        one = lost.lost(features, **given, **setting)
         np.testing.assert_array_equal(at["box"].sel(rule=rule), one["box"])
         np.testing.assert_array_equal(at["expansion"].sel(rule=rule), one["expansion"][:3])
         if rule != "best":
-            scored = discovery.corloc(one["box"], truth, size=source.size)
+            scored = lost.corloc(one["box"], truth, size=source.size)
             np.testing.assert_array_equal(at["hit"].sel(rule=rule), scored["hit"])
 
 
-def test_a_study_of_pictures_without_boxes_scores_nothing(tmp_path: Path):
+def test_a_study_of_images_without_boxes_scores_nothing(tmp_path: Path):
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
-    backbone = backbones.load("clip-pico-reg4", device="cpu")
-    found = discovery.study(backbone, images.load(str(tmp_path), size=64), biases=(-0.5, 0.0))
+    backbone = registry.load("clip-pico-reg4", device="cpu")
+    found = lost.evaluate(backbone, images.load(str(tmp_path), size=64), biases=(-0.5, 0.0))
     assert found["hit"].isnull().all()
     assert found["swept"].isnull().all()
     assert found["chosen"].isnull().all()
@@ -423,7 +416,7 @@ def test_a_study_of_pictures_without_boxes_scores_nothing(tmp_path: Path):
 
 
 def test_the_papers_third_table_is_whole():
-    table = tables_discovery.paper()
+    table = report.lost.published_corloc()
     assert table.shape == (6, 3)
     assert table.notna().all(axis=None)
     wanted = published.value("tables", table="table_3", model="DINOv2 ViT-L/14", registers=4, dataset="VOC2007")
@@ -431,36 +424,36 @@ def test_the_papers_third_table_is_whole():
 
 
 def test_tables_of_a_known_study():
-    chance = discovery.baselines([np.array([[0, 0, 40, 32.0]])] * 12, (40, 32))
-    table = tables_discovery.scores(studied(), chance).set_index("model")
-    assert table.loc["whole picture (no model)", "bias 0"] == "100.0 [100.0, 100.0]"
+    chance = lost.baselines([np.array([[0, 0, 40, 32.0]])] * 12, (40, 32))
+    table = report.lost.scores(studied(), chance).set_index("model")
+    assert table.loc["whole image (no model)", "bias 0"] == "100.0 [100.0, 100.0]"
     assert table.loc["dino-pico", "bias 0"].startswith("25.0 [")
     assert table.loc["dino-pico-reg4", "best bias"] == "100.0 [100.0, 100.0]"
     assert table.loc["dino-pico-reg4", ["feature", "at", "n"]].tolist() == ["key", "-0.50", "12, best 6"]
-    gaps = tables_discovery.differences(studied()).set_index("pair").loc["dino-pico-reg4 − dino-pico"]
+    gaps = report.lost.differences(studied()).set_index("pair").loc["dino-pico-reg4 − dino-pico"]
     assert gaps["bias 0"].startswith("+25.0 [+")
     assert gaps["best bias"] == "+100.0 [+100.0, +100.0]"
-    curves = tables_discovery.curves(studied())
+    curves = report.lost.curves(studied())
     assert curves["score"].tolist() == [0, 0, 0, 100]
     assert set(curves["pair"]) == {"dino-pico"}
 
 
 def test_tables_and_figures_without_boxes_say_so():
-    chance = discovery.baselines([np.empty((0, 4))] * 12, (40, 32))
-    table = tables_discovery.scores(studied(known=False), chance).set_index("model")
+    chance = lost.baselines([np.empty((0, 4))] * 12, (40, 32))
+    table = report.lost.scores(studied(known=False), chance).set_index("model")
     assert table.loc["dino-pico", ["bias 0", "centred", "best bias", "at"]].tolist() == ["no boxes"] * 3 + ["–"]
-    assert tables_discovery.differences(studied(known=False))["bias 0"].iloc[-1] == "no boxes"
-    curves = tables_discovery.curves(studied(known=False))
+    assert report.lost.differences(studied(known=False))["bias 0"].iloc[-1] == "no boxes"
+    curves = report.lost.curves(studied(known=False))
     assert curves.empty
-    assert "without boxes" in draw_discovery.bias_curves(curves, np.nan).axes[0].texts[0].get_text()
+    assert "without boxes" in report.lost.plot_bias_curves(curves, np.nan).axes[0].texts[0].get_text()
 
 
 def test_figures_show_boxes_where_they_are():
     found = {name: a.sel(rule="zero").isel(drawn=0, image=0) for name, a in studied().items()}
     sizes = dict.fromkeys(found, (40, 32))
-    picture, truth = np.zeros((40, 32, 3)), np.array([[4, 8, 20, 30.0]])
+    image, truth = np.zeros((40, 32, 3)), np.array([[4, 8, 20, 30.0]])
     used = {name: a.sel(projection="key") for name, a in found.items()}
-    figure = draw_discovery.lost_steps(picture, truth, used, sizes)
+    figure = report.lost.plot_steps(image, truth, used, sizes)
     assert len(figure.axes) == 9
     (true,) = figure.axes[0].patches
     assert (true.get_xy(), true.get_width(), true.get_height()) == ((8, 4), 22, 16)
@@ -468,17 +461,17 @@ def test_figures_show_boxes_where_they_are():
     assert (mine.get_xy(), mine.get_width(), mine.get_height()) == ((8, 0), 24, 16)
     (dot,) = figure.axes[1].lines  # patch 9 of a grid of 5 x 8: row 1, column 1
     assert dot.get_xydata().tolist() == [[6, 12]]
-    figure = draw_discovery.projections(picture, truth, found, sizes)
-    assert [a.get_title() for a in figure.axes[:4]] == ["picture", "keys", "queries", "values"]
-    assert len(draw_discovery.bias_curves(tables_discovery.curves(studied()), 3.0).axes[0].lines) == 3
+    figure = report.lost.plot_projections(image, truth, found, sizes)
+    assert [a.get_title() for a in figure.axes[:4]] == ["image", "keys", "queries", "values"]
+    assert len(report.lost.plot_bias_curves(report.lost.curves(studied()), 3.0).axes[0].lines) == 3
 
 
 # --- what users get wrong
 
 
 def wrong(message: str, *given, **options) -> None:
-    with pytest.raises(Problem, match=message):
-        discovery.lost(*given, **{"patch_size": PATCH, **options})
+    with pytest.raises(InputError, match=message):
+        lost.lost(*given, **{"patch_size": PATCH, **options})
 
 
 def test_mistakes_in_lost():
@@ -495,26 +488,26 @@ def test_mistakes_in_lost():
 def test_mistakes_in_scores():
     true = [np.array([[0, 0, 4, 4.0]])]
     for box in ([-1, 0, 3, 3], [0, 0, 11, 3], [3, 3, 3, 5], [0, np.nan, 2, 2]):
-        with pytest.raises(Problem, match="boxes must have an area and lie inside the picture of 10x8 pixels"):
-            discovery.corloc(boxes(box), true, size=(10, 8))
-    with pytest.raises(Problem, match="true boxes must have an area"):
-        discovery.corloc(boxes([0, 0, 2, 2]), [np.array([[0, 0, 4, 9.0]])], size=(10, 8))
-    with pytest.raises(Problem, match="1 boxes do not fit the true boxes of 2 pictures"):
-        discovery.corloc(boxes([0, 0, 2, 2]), true * 2, size=(10, 8))
-    with pytest.raises(Problem, match="no picture has a true box"):
-        discovery.corloc(boxes([0, 0, 2, 2], [0, 0, 2, 2]), [np.empty((0, 4))] * 2, size=(10, 8))
+        with pytest.raises(InputError, match="boxes must have an area and lie inside the image of 10x8 pixels"):
+            lost.corloc(boxes(box), true, size=(10, 8))
+    with pytest.raises(InputError, match="true boxes must have an area"):
+        lost.corloc(boxes([0, 0, 2, 2]), [np.array([[0, 0, 4, 9.0]])], size=(10, 8))
+    with pytest.raises(InputError, match="1 boxes do not fit the true boxes of 2 images"):
+        lost.corloc(boxes([0, 0, 2, 2]), true * 2, size=(10, 8))
+    with pytest.raises(InputError, match="no image has a true box"):
+        lost.corloc(boxes([0, 0, 2, 2], [0, 0, 2, 2]), [np.empty((0, 4))] * 2, size=(10, 8))
 
 
 def test_mistakes_in_sweeps():
     features, truth = planted(4)
-    with pytest.raises(Problem, match="at least one bias"):
-        discovery.sweep(features, truth, patch_size=PATCH, biases=())
+    with pytest.raises(InputError, match="at least one bias"):
+        lost.sweep(features, truth, patch_size=PATCH, biases=())
     hits = xr.DataArray([[np.nan, 1.0]], dims=("bias", "image"), coords={"bias": [0.0]})
-    with pytest.raises(Problem, match="the first half of 2 pictures has no true box"):
-        discovery.best(hits)
-    with pytest.raises(Problem, match="no picture has a true box"):
-        discovery.best(hits[:, ::-1])
-    with pytest.raises(Problem, match=r"unknown projection 'keys'.*'key'"):
-        discovery.study(
-            backbones.load("dino-pico", device="cpu"), images.load("scenes", size=64, count=2), projection="keys"
+    with pytest.raises(InputError, match="the first half of 2 images has no true box"):
+        lost.choose_bias(hits)
+    with pytest.raises(InputError, match="no image has a true box"):
+        lost.choose_bias(hits[:, ::-1])
+    with pytest.raises(InputError, match=r"unknown projection 'keys'.*'key'"):
+        lost.evaluate(
+            registry.load("dino-pico", device="cpu"), images.load("scenes", size=64, count=2), projection="keys"
         )

@@ -12,9 +12,9 @@ from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 from scipy.integrate import trapezoid
 
-from vitregs import artifacts, canvas, draw, draw_training, results
-from vitregs.cutoffs import Cutoff
-from vitregs.diagnose import Diagnosis
+from vitregs import arrays, report
+from vitregs.measure.diagnose import Diagnosis
+from vitregs.measure.mixture import Cutoff
 
 ROWS, COLUMNS = 3, 5
 RNG = np.random.default_rng(0)
@@ -53,38 +53,38 @@ def mesh(axis: Axes) -> np.ndarray:
 def norms(layers: Sequence[int] = (0, 1, 2), registers: int = 2, seed: int = 0) -> xr.DataArray:
     kinds = ["cls", *["register"] * registers, *["patch"] * (ROWS * COLUMNS)]
     values = np.random.default_rng(seed).lognormal(2, 0.3, (6, len(layers), len(kinds)))
-    coords = {**results.token_coords(kinds, (ROWS, COLUMNS)), "layer": list(layers)}
+    coords = {**arrays.token_coords(kinds, (ROWS, COLUMNS)), "layer": list(layers)}
     return xr.DataArray(values, dims=("image", "layer", "token"), coords=coords, name="norm")
 
 
 @pytest.mark.parametrize("names", [["attention"], ["one", "two", "three"]])
 @pytest.mark.parametrize("n", [1, 3])
-def test_picture_grid(names: list[str], n: int):
-    pictures = RNG.random((n, 9, 15, 3))
+def test_image_grid(names: list[str], n: int):
+    images = RNG.random((n, 9, 15, 3))
     maps = {name: RNG.random((n, ROWS, COLUMNS)) for name in names}
-    figure = draw.picture_grid(pictures, maps)
+    figure = report.style.plot_images(images, maps)
     axes = panels(figure)
     assert len(axes) == n * (1 + len(names))
     for i in range(n):
         row = axes[i * (1 + len(names)) :]
-        np.testing.assert_array_equal(image(row[0]), pictures[i])
+        np.testing.assert_array_equal(image(row[0]), images[i])
         for axis, name in zip(row[1:], names, strict=False):
             np.testing.assert_array_equal(image(axis), maps[name][i])
-    assert [axis.get_title() for axis in axes[: 1 + len(names)]] == ["picture", *names]
+    assert [axis.get_title() for axis in axes[: 1 + len(names)]] == ["image", *names]
     assert not bars(figure)
 
 
-def test_picture_grid_with_common_colours():
+def test_image_grid_with_common_colours():
     maps = {"a": RNG.random((2, ROWS, COLUMNS)), "b": 9 * RNG.random((2, ROWS, COLUMNS))}
-    figure = draw.picture_grid(RNG.random((2, 9, 15, 3)), maps, limits={"a": (0, 1), "b": (0, 9)}, label="norm")
+    figure = report.style.plot_images(RNG.random((2, 9, 15, 3)), maps, limits={"a": (0, 1), "b": (0, 9)}, label="norm")
     limits = [axis.get_images()[0].get_clim() for axis in panels(figure)]
     assert limits[1::3] == [(0, 1)] * 2
     assert limits[2::3] == [(0, 9)] * 2
     assert [bar.get_xlabel() for bar in bars(figure)] == ["norm", "norm"]
 
 
-def test_picture_grid_breaks_long_names():
-    figure = draw.picture_grid(np.zeros((1, 4, 4, 3)), {"supervised-pico-reg4": np.zeros((1, 2, 2))})
+def test_image_grid_breaks_long_names():
+    figure = report.style.plot_images(np.zeros((1, 4, 4, 3)), {"supervised-pico-reg4": np.zeros((1, 2, 2))})
     assert panels(figure)[1].get_title() == "supervised-pico-\nreg4"
 
 
@@ -93,7 +93,7 @@ def test_norm_density(count: int):
     values = {f"model {i}": RNG.lognormal(2, 0.3, (4, 30)) for i in range(count)}
     cuts = {name: Cutoff(20.0 + i, "by hand", share=0.1) for i, name in enumerate(values)}
     cuts["model 0"] = Cutoff(None, "two modes in log norm")
-    axes = panels(draw.norm_density(values, cuts))
+    axes = panels(report.norms.plot_density(values, cuts))
     assert len(axes) == count
     for i, (axis, (name, v)) in enumerate(zip(axes, values.items(), strict=True)):
         heights, edges = np.histogram(v, 80, density=True)
@@ -109,7 +109,7 @@ def test_norm_density(count: int):
 @pytest.mark.parametrize("count", [1, 3])
 def test_norm_growth(count: int):
     given = {f"model {i}": norms(range(i + 2), seed=i) for i in range(count)}
-    figure = draw.norm_growth(given)
+    figure = report.norms.plot_layers(given)
     axes = panels(figure)
     assert [axis.get_title() for axis in axes] == list(given)
     assert len(bars(figure)) == count
@@ -118,7 +118,7 @@ def test_norm_growth(count: int):
         assert shares.shape == (69, a.sizes["layer"])
         edges = axis.collections[0].get_coordinates()[:, 0, 1]
         for i, layer in enumerate(a["layer"].values):
-            v = artifacts.patches(a.sel(layer=layer)).values
+            v = arrays.patches(a.sel(layer=layer)).values
             expected = np.histogram(v, edges)[0] / v.size
             np.testing.assert_allclose(np.nan_to_num(shares[:, i]), expected)
             assert expected.sum() > 0.98  # all but the lowest
@@ -129,7 +129,7 @@ def test_norm_growth(count: int):
 def test_norm_growth_with_silent_patches():
     silent = norms()
     silent.values[:, 0] = 0
-    (axis,) = panels(draw.norm_growth({"model": silent}))
+    (axis,) = panels(report.norms.plot_layers({"model": silent}))
     assert np.isnan(mesh(axis)[:, 0]).all()
     assert np.nansum(mesh(axis)[:, 1]) == pytest.approx(1)
 
@@ -152,7 +152,7 @@ def history(steps: int = 40, seed: int = 0) -> xr.Dataset:
 @pytest.mark.parametrize(("count", "layer", "named"), [(1, -1, 2), (2, 1, 1)])
 def test_training(count: int, layer: int, named: int):
     logs = {f"model {i}": history(seed=i) for i in range(count)}
-    figure = draw_training.training(logs, layer)
+    figure = report.training.plot_training(logs, layer)
     axes = panels(figure)
     assert len(axes) == 2 * count
     for top, below, (name, log) in zip(axes[:count], axes[count:], logs.items(), strict=True):
@@ -174,7 +174,9 @@ def test_lines(groups: int):
     table = pd.DataFrame(
         [{"block": b, "mean": 10 * g + b, "model": f"m{g}"} for g in range(groups) for b in (1, 2, 3)]
     ).assign(low=lambda t: t["mean"] - 1, high=lambda t: t["mean"] + 2)
-    (axis,) = panels(draw.lines(table, "block", "mean", "model", labels=("block", "share"), log=groups == 1))
+    (axis,) = panels(
+        report.style.plot_lines(table, "block", "mean", "model", labels=("block", "share"), log=groups == 1)
+    )
     assert len(axis.lines) == groups
     for g, line in enumerate(axis.lines):
         np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
@@ -190,7 +192,7 @@ def test_lines(groups: int):
 
 def test_lines_without_a_band():
     table = pd.DataFrame({"x": [1, 2], "y": [3, 4], "g": ["a", "a"]})
-    (axis,) = panels(draw.lines(table, "x", "y", "g", labels=("", "")))
+    (axis,) = panels(report.style.plot_lines(table, "x", "y", "g", labels=("", "")))
     assert not axis.collections
 
 
@@ -202,7 +204,7 @@ def test_register_norms(registers: list[int]):
         )
         for count in registers
     }
-    figure = draw.register_norms(given)
+    figure = report.registers.plot_norms(given)
     axes = panels(figure)
     assert [axis.get_title() for axis in axes] == list(given)
     for axis, count in zip(axes, registers, strict=True):
@@ -221,7 +223,7 @@ def test_similarity(models: list[str]):
         for m in models
         for i, g in enumerate(["ordinary", "outliers"])
     )
-    axes = panels(draw.similarity(table))
+    axes = panels(report.tokens.plot_similarity(table))
     assert [axis.get_title() for axis in axes] == models
     for axis in axes:
         assert labels(axis) == ["ordinary", "outliers"]
@@ -234,7 +236,7 @@ def test_similarity(models: list[str]):
 
 def test_similarity_where_no_density_can_be_drawn():
     table = pd.DataFrame({"model": "a", "group": ["one", "flat", "flat"], "similarity": [0.5, 1, 1]})
-    (axis,) = panels(draw.similarity(table))
+    (axis,) = panels(report.tokens.plot_similarity(table))
     assert not axis.lines
     assert labels(axis) == []
 
@@ -242,17 +244,17 @@ def test_similarity_where_no_density_can_be_drawn():
 @pytest.mark.parametrize("count", [1, 3])
 def test_occupancy(count: int):
     maps = {f"m{i}": xr.DataArray(RNG.random((ROWS, COLUMNS)), dims=("y", "x")) for i in range(count)}
-    figure = draw.occupancy(maps)
+    figure = report.tokens.plot_positions(maps)
     for axis, (name, values) in zip(panels(figure), maps.items(), strict=True):
         np.testing.assert_allclose(image(axis), 100 * values)
         assert axis.get_title() == name
-    assert [bar.get_ylabel() for bar in bars(figure)] == ["% of pictures"] * count
+    assert [bar.get_ylabel() for bar in bars(figure)] == ["% of images"] * count
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_gradients(count: int):
     vectors = {f"kind {i}": RNG.standard_normal(4 + i) for i in range(count)}
-    figure = draw.gradients(vectors)
+    figure = report.tokens.plot_gradients(vectors)
     top = max(np.outer(v, v).max() for v in vectors.values())
     for axis, (name, v) in zip(panels(figure), vectors.items(), strict=True):
         np.testing.assert_allclose(image(axis), np.outer(v, v))
@@ -272,7 +274,7 @@ def test_shares(models: list[str]):
         for i, m in enumerate(models, start=1)
         for j, g in enumerate(["object", "background"], start=1)
     ]
-    (axis,) = panels(draw.shares(pd.DataFrame(rows), label="% marked"))
+    (axis,) = panels(report.tokens.plot_shares(pd.DataFrame(rows), label="% marked"))
     expected = [[100 * (0.1 * i + 0.02 * j) for i in range(1, len(models) + 1)] for j in (1, 2)]
     np.testing.assert_allclose(heights(axis), expected)
     assert ticks(axis) == models
@@ -292,20 +294,20 @@ def test_shares_leaves_out_what_was_not_measured():
             "high": [0.2, np.nan, 0.4],
         }
     )
-    (axis,) = panels(draw.shares(table, label=""))
+    (axis,) = panels(report.tokens.plot_shares(table, label=""))
     np.testing.assert_allclose(heights(axis), [[10, np.nan], [30, np.nan]])
 
 
 @pytest.mark.parametrize("registers", [[0], [2], [0, 4]])
 def test_token_strip(registers: list[int]):
     given = {f"{n} registers": norms(registers=n).sel(layer=2) for n in registers}
-    axes = panels(draw.token_strip(given))
+    axes = panels(report.norms.plot_token_strip(given))
     for axis, (name, values), n in zip(axes, given.items(), registers, strict=True):
         groups = ["cls", *(f"reg{i}" for i in range(n)), "patch"]
         assert axis.get_title() == name
         assert ticks(axis) == groups
         for i, (line, group) in enumerate(zip(axis.lines, groups, strict=True)):
-            part = values.values[:, values["label"] == group] if group != "patch" else artifacts.patches(values).values
+            part = values.values[:, values["label"] == group] if group != "patch" else arrays.patches(values).values
             np.testing.assert_array_equal(line.get_ydata(), part.ravel())
             assert (np.abs(line.get_xdata() - i) <= 0.3).all()
         assert len({line.get_color() for line in axis.lines}) == (3 if n else 2)
@@ -316,9 +318,9 @@ def test_diagnosis(cut: float):
     a = norms()
     layers = pd.DataFrame({"layer": [0, 1, 2], "cutoff": [np.nan, cut, np.nan]})
     found = Diagnosis("model", "random", "scenes", 6, (48, 80), "artifacts", 1, "why", "rule", layers, [], a)
-    figure = draw.diagnosis(found)
+    figure = report.norms.plot_diagnosis(found)
     growth, density = panels(figure)
-    v = artifacts.patches(a.sel(layer=1)).values.ravel()
+    v = arrays.patches(a.sel(layer=1)).values.ravel()
     np.testing.assert_allclose([bar.get_height() for bar in density.patches], np.histogram(v, 80, density=True)[0])
     assert [line.get_xdata()[0] for line in density.lines] == ([30.0] if cut == 30 else [])
     assert density.get_title() == "layer 1: artifacts"
@@ -327,35 +329,37 @@ def test_diagnosis(cut: float):
     assert (np.nansum(mesh(growth), 0) > 0.98).all()
 
 
-def test_diagnosis_adds_maps_of_the_first_pictures():
+def test_diagnosis_adds_maps_of_the_first_images():
     a = norms()
     layers = pd.DataFrame({"layer": [0, 1, 2], "cutoff": [np.nan, np.nan, np.nan]})
-    pictures, rows = np.random.default_rng(0).random((2, 48, 80, 3)), np.random.default_rng(1).random((2, 3, 5))
-    found = Diagnosis("model", "random", "scenes", 6, (48, 80), "none", 1, "why", "rule", layers, [], a, pictures, rows)
-    figure = draw.diagnosis(found)
+    shown_images, rows = np.random.default_rng(0).random((2, 48, 80, 3)), np.random.default_rng(1).random((2, 3, 5))
+    found = Diagnosis(
+        "model", "random", "scenes", 6, (48, 80), "none", 1, "why", "rule", layers, [], a, shown_images, rows
+    )
+    figure = report.norms.plot_diagnosis(found)
     images = [axis.images[0].get_array() for axis in figure.axes if axis.images]
     assert len(images) == 6
-    np.testing.assert_array_equal(images[3], pictures[1])
-    np.testing.assert_array_equal(images[4], results.grid(a.sel(layer=1)).values[1])
+    np.testing.assert_array_equal(images[3], shown_images[1])
+    np.testing.assert_array_equal(images[4], arrays.patch_maps(a.sel(layer=1)).values[1])
     np.testing.assert_array_equal(images[5], rows[1])
     found.attention = None
-    assert len([axis for axis in draw.diagnosis(found).axes if axis.images]) == 4
+    assert len([axis for axis in report.norms.plot_diagnosis(found).axes if axis.images]) == 4
 
 
 def test_note():
-    (axis,) = panels(canvas.note("no registers here"))
+    (axis,) = panels(report.style.note("no registers here"))
     assert [text.get_text() for text in axis.texts] == ["no registers here"]
 
 
 @pytest.mark.parametrize("count", [1, 6, 12])
 def test_heads(count: int):
-    picture, maps = RNG.random((9, 15, 3)), RNG.random((count, ROWS, COLUMNS))
+    shown_image, maps = RNG.random((9, 15, 3)), RNG.random((count, ROWS, COLUMNS))
     masked = np.where(maps > 0.5, maps, 0)
-    axes = [axis for axis in panels(draw.heads(picture, maps, masked)) if axis.get_images()]
+    axes = [axis for axis in panels(report.attention.plot_heads(shown_image, maps, masked)) if axis.get_images()]
     titles = [axis.get_title() for axis in axes]
     names = [f"head {h + 1}" for h in range(count)]
-    assert titles == ["picture", *names, *(f"{name}, 60 %" for name in names)]
-    np.testing.assert_array_equal(image(axes[0]), picture)
+    assert titles == ["image", *names, *(f"{name}, 60 %" for name in names)]
+    np.testing.assert_array_equal(image(axes[0]), shown_image)
     for axis, values in zip(axes[1:], [*maps, *masked], strict=True):
         np.testing.assert_array_equal(image(axis), values)
 
@@ -363,12 +367,12 @@ def test_heads(count: int):
 def test_figures_are_closed():
     """A figure that stays open would be shown twice in a notebook."""
     before = plt.get_fignums()
-    canvas.note("once")
-    draw.occupancy({"m": xr.DataArray(np.zeros((ROWS, COLUMNS)), dims=("y", "x"))})
+    report.style.note("once")
+    report.tokens.plot_positions({"m": xr.DataArray(np.zeros((ROWS, COLUMNS)), dims=("y", "x"))})
     assert plt.get_fignums() == before
 
 
 def test_style_stays_inside():
     before = dict(plt.rcParams)
-    canvas.note("once")
+    report.style.note("once")
     assert dict(plt.rcParams) == before

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 
 from tests.test_draw import labels, mesh, norms, panels, ticks
-from vitregs import artifacts, canvas, draw_training
+from vitregs import arrays, report
 
 
 def history(scores: tuple[str, ...], steps: int = 5) -> xr.Dataset:
@@ -19,13 +19,13 @@ def history(scores: tuple[str, ...], steps: int = 5) -> xr.Dataset:
 @pytest.mark.parametrize("count", [1, 3])
 def test_sizes(count: int) -> None:
     given = {f"m{i}\n0.1 M": norms(seed=i).isel(layer=-1) for i in range(count)}
-    (axis,) = panels(draw_training.sizes(given))
+    (axis,) = panels(report.norms.plot_sizes(given))
     shares = np.nan_to_num(mesh(axis))
     assert shares.shape == (69, count)
     np.testing.assert_allclose(shares.sum(0), 1, atol=0.02)  # all but the lowest norms
     assert ticks(axis) == list(given)
-    edges = canvas.norm_edges(*(artifacts.patches(a).values.ravel() for a in given.values()))
-    first = artifacts.patches(given["m0\n0.1 M"]).values.ravel()
+    edges = report.style.norm_edges(*(arrays.patches(a).values.ravel() for a in given.values()))
+    first = arrays.patches(given["m0\n0.1 M"]).values.ravel()
     np.testing.assert_allclose(shares[:, 0], np.histogram(first, edges)[0] / len(first))
 
 
@@ -35,14 +35,14 @@ def test_losses_and_scores() -> None:
         "a": {"no registers": history(("accuracy", "knn")), "4 registers": history(("accuracy",))},
         "b": {"x": dark},
     }
-    axes = panels(draw_training.losses(logs))
+    axes = panels(report.training.plot_losses(logs))
     assert [axis.get_title() for axis in axes[:2]] == ["a", "b"]
     assert [len(axis.lines) for axis in axes] == [2, 1, 3, 1]
     assert labels(axes[0]) == ["no registers", "4 registers"]
     np.testing.assert_array_equal(axes[0].lines[0].get_ydata(), logs["a"]["no registers"]["loss"])
     np.testing.assert_array_equal(axes[2].lines[1].get_ydata(), logs["a"]["no registers"]["knn"])
     assert axes[2].lines[0].get_color() == axes[2].lines[1].get_color()
-    assert "no training history" in panels(draw_training.losses({}))[0].texts[0].get_text()
+    assert "no training history" in panels(report.training.plot_losses({}))[0].texts[0].get_text()
 
 
 def test_training_with_further_scores() -> None:
@@ -55,14 +55,14 @@ def test_training_with_further_scores() -> None:
         },
         coords={"step": [0, 1, 2, 3], "layer": [0, 1], "bin": np.geomspace(1, 10, 20)},
     )
-    below = panels(draw_training.training({"m": log}, -1))[1]
+    below = panels(report.training.plot_training({"m": log}, -1))[1]
     assert labels(below) == ["k-NN", "largest / median ÷ 10"]
 
 
 def test_gallery() -> None:
     rng = np.random.default_rng(0)
     rows = {"one": rng.random((3, 4, 6, 3)), "two, lines": rng.random((2, 4, 6, 3)) * 2 - 0.5}
-    axes = panels(draw_training.gallery(rows))
+    axes = panels(report.training.plot_gallery(rows))
     assert len(axes) == 6
     np.testing.assert_array_equal(axes[1].get_images()[0].get_array(), rows["one"][1])
     assert axes[3].get_images()[0].get_array().max() <= 1
@@ -72,7 +72,7 @@ def test_gallery() -> None:
 
 def test_sequences() -> None:
     kinds = {"with": ["cls", "register", "register", *["patch"] * 64], "without": ["patch"] * 9}
-    one, two = panels(draw_training.sequences(kinds))
+    one, two = panels(report.training.plot_sequences(kinds))
     assert len(one.patches) == 15 + 13  # registers go in and are not kept
     assert [t.get_text() for t in one.texts if "…" in t.get_text()] == ["… in: 67 tokens", "… kept: 65"]
     assert [t.get_text() for t in two.texts if "…" in t.get_text()] == ["… in: 9 tokens", "… kept: 9"]

@@ -1,4 +1,4 @@
-"""Pictures from every source: planted answers, every odd file, and nothing decoded before it is needed."""
+"""Images from every source: planted answers, every odd file, and nothing decoded before it is needed."""
 
 import io
 import socket
@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
 
-from vitregs import decoding, images, problems, scenes, sources
-from vitregs.preparation import Preparation
-from vitregs.problems import Problem
+from vitregs import hub
+from vitregs.data import decoding, images, scenes, sources
+from vitregs.data.preparation import Preparation
+from vitregs.errors import InputError
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "tif": "TIFF"}
 
@@ -31,26 +32,26 @@ def noise(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def encode(picture: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
-    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
 def planted(height: int, width: int, box: tuple[int, int, int, int]) -> np.ndarray:
     """A white rectangle y0, x0, y1, x1 on black."""
-    picture = np.zeros((height, width, 3), np.uint8)
-    picture[box[0] : box[2], box[1] : box[3]] = 255
-    return picture
+    image = np.zeros((height, width, 3), np.uint8)
+    image[box[0] : box[2], box[1] : box[3]] = 255
+    return image
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for i in range(7):
-        (tmp_path / "pictures" / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pictures" / ("cat", "dog")[i % 2] / f"{i}.png").write_bytes(encode(noise(seed=i)))
-    return tmp_path / "pictures"
+        (tmp_path / "images" / ("cat", "dog")[i % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / ("cat", "dog")[i % 2] / f"{i}.png").write_bytes(encode(noise(seed=i)))
+    return tmp_path / "images"
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def parquet(file: Path, pictures: list[bytes], **columns: list) -> Path:
+def parquet(file: Path, images: list[bytes], **columns: list) -> Path:
     """Write what a hub data set looks like on disk."""
     features = datasets.Features(
         {
@@ -69,7 +70,7 @@ def parquet(file: Path, pictures: list[bytes], **columns: list) -> Path:
             **({"name": datasets.Value("string")} if "name" in columns else {}),
         }
     )
-    cells = {"image": [{"bytes": p, "path": None} for p in pictures], **columns}
+    cells = {"image": [{"bytes": p, "path": None} for p in images], **columns}
     if "mask" in columns:
         cells["mask"] = [None if m is None else {"bytes": m, "path": None} for m in columns["mask"]]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -118,11 +119,11 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_parquet_carries_all(tmp_path: Path, as_folder: bool) -> None:
     truth = [(5, 8, 15, 24), (0, 0, 10, 30), (12, 3, 18, 9)]
-    pictures = [encode(planted(20, 30, b)) for b in truth]
+    shown_images = [encode(planted(20, 30, b)) for b in truth]
     masks = [encode((planted(20, 30, b)[..., 0] // 255 * 3).astype(np.uint8)) for b in truth]
     boxes = [[[b[1], b[0], b[3], b[2]]] for b in truth]  # data sets say x first
     file = tmp_path / "set" / "validation-00000-of-00001.parquet"
-    parquet(file, pictures, mask=[masks[0], None, masks[2]], boxes=boxes, label=[0, 1, 1], name=["a", "b", "c"])
+    parquet(file, shown_images, mask=[masks[0], None, masks[2]], boxes=boxes, label=[0, 1, 1], name=["a", "b", "c"])
     parquet(tmp_path / "set" / "train-00000-of-00001.parquet", [encode(noise())], label=[0])
     source = images.load(str(file.parent if as_folder else file), size=(20, 30))
     got = everything(source)
@@ -142,9 +143,9 @@ def test_splits(tmp_path: Path) -> None:
     for name, height in (("train", 10), ("test", 14)):
         parquet(tmp_path / "set" / f"{name}-00000-of-00001.parquet", [encode(noise(height, 12))])
     lone = str(tmp_path / "set")
-    assert images.load(lone, size=8).source.split == "test"  # held-out pictures come before those of training
+    assert images.load(lone, size=8).source.split == "test"  # held-out images come before those of training
     assert images.load(lone, size=8, split="train").source.split == "train"
-    with pytest.raises(Problem, match=r"has no split 'dev', only test, train$"):
+    with pytest.raises(InputError, match=r"has no split 'dev', only test, train$"):
         images.load(lone, size=8, split="dev")
 
 
@@ -233,10 +234,10 @@ def test_reading_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_planted_rectangle_stays_in_its_box(height, width, size, crop, data) -> None:
     y0, x0 = data.draw(st.integers(0, height - 6)), data.draw(st.integers(0, width - 6))
     y1, x1 = data.draw(st.integers(y0 + 4, height)), data.draw(st.integers(x0 + 4, width))
-    picture = planted(height, width, (y0, x0, y1, x1))
+    image = planted(height, width, (y0, x0, y1, x1))
     source = images.Images("x", size, None, 0, Preparation(crop), None)
-    mask = {"bytes": encode((picture[..., 0] // 255 * 7).astype(np.uint8))}
-    done = source._prepare(images.Item("a", encode(picture), boxes=[[x0, y0, x1, y1]], mask=mask))
+    mask = {"bytes": encode((image[..., 0] // 255 * 7).astype(np.uint8))}
+    done = source._prepare(images.Item("a", encode(image), boxes=[[x0, y0, x1, y1]], mask=mask))
     assert done is not None
     _, pixels, _, boxes, labels = done
     assert pixels.shape == (3, *size)
@@ -260,9 +261,9 @@ def test_a_planted_rectangle_stays_in_its_box(height, width, size, crop, data) -
 
 
 def test_boxes_outside_the_crop_vanish() -> None:
-    picture = planted(20, 60, (2, 0, 18, 6))
+    image = planted(20, 60, (2, 0, 18, 6))
     source = images.Images("x", (20, 20), None, 0, Preparation(), None)
-    _, pixels, _, boxes, _ = source._prepare(images.Item("a", encode(picture), boxes=[[0, 2, 6, 18], [25, 2, 55, 18]]))
+    _, pixels, _, boxes, _ = source._prepare(images.Item("a", encode(image), boxes=[[0, 2, 6, 18], [25, 2, 55, 18]]))
     assert pixels.max() == 0
     assert boxes.tolist() == [[2, 5, 18, 20]]
 
@@ -270,10 +271,10 @@ def test_boxes_outside_the_crop_vanish() -> None:
 @pytest.mark.parametrize("crop", [1.0, 0.95, 0.9, 0.875])
 @pytest.mark.parametrize(("height", "width"), [(90, 90), (100, 133), (75, 50), (64, 201)])
 def test_square_crops_are_those_of_timm(height: int, width: int, crop: float) -> None:
-    picture = Image.fromarray(noise(height, width))
+    image = Image.fromarray(noise(height, width))
     theirs = create_transform((3, 56, 56), is_training=False, interpolation="bicubic", crop_pct=crop, mean=0, std=1)
-    ours = np.asarray(Preparation(crop).apply(picture, (56, 56))[0], np.float32) / 255
-    assert np.array_equal(ours, theirs(picture).permute(1, 2, 0).numpy())
+    ours = np.asarray(Preparation(crop).apply(image, (56, 56))[0], np.float32) / 255
+    assert np.array_equal(ours, theirs(image).permute(1, 2, 0).numpy())
 
 
 # --- odd and broken files
@@ -299,7 +300,7 @@ def test_grey_palette_alpha_and_the_like() -> None:
 
 @pytest.mark.parametrize("top", [200, 65535])
 def test_16_bits(top: int) -> None:
-    """The dark picture is as dark as it says: 200 of 65535 is black."""
+    """The dark image is as dark as it says: 200 of 65535 is black."""
     grey = np.linspace(0, top, 600).reshape(20, 30).astype(np.uint16)
     got = np.asarray(decoding.decode(encode(Image.fromarray(grey))))
     assert got.shape == (20, 30, 3)
@@ -366,7 +367,7 @@ def test_truncated_files_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
-def test_broken_pictures_are_skipped_and_counted_aloud(tmp_path: Path, kind: str) -> None:
+def test_broken_images_are_skipped_and_counted_aloud(tmp_path: Path, kind: str) -> None:
     good, bad = [encode(noise(seed=i)) for i in range(5)], [b"", b"no picture", encode(noise(80, 80), "JPEG")[:900]]
     if kind == "folder":
         source = tmp_path / "set"
@@ -404,7 +405,7 @@ def test_masks_that_do_not_fit_are_left_away(tmp_path: Path) -> None:
     assert np.isnan(share).all(1).sum() == 3
 
 
-def test_a_missing_picture_in_a_row_is_skipped(tmp_path: Path) -> None:
+def test_a_missing_image_in_a_row_is_skipped(tmp_path: Path) -> None:
     rows = [{"bytes": encode(noise()), "path": None}, None, {"bytes": None, "path": "gone.png"}]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "p.parquet")
@@ -421,12 +422,12 @@ def test_no_warning_without_cause(folder: Path) -> None:
 def test_all_broken(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"broken")
-    with pytest.raises(Problem, match=r"not one image of .* can be decoded \(3 tried\)$"):
+    with pytest.raises(InputError, match=r"not one image of .* can be decoded \(3 tried\)$"):
         list(images.load(str(tmp_path), size=8).batches())
 
 
 def problem(source: str | Path, **kw: object) -> str:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(InputError) as caught:
         images.load(str(source), **{"size": 16, **kw})
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -437,11 +438,11 @@ def test_local_files_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: asked.append(_) or refuse())
-    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: requested.append(_) or refuse())
+    requested: list[object] = []
     file = parquet(tmp_path / "p.parquet", [encode(noise())])
     assert len(everything(images.load(str(file), size=8)).names) == 1
-    assert not asked
+    assert not requested
 
 
 def test_bad_sources(tmp_path: Path) -> None:
@@ -467,15 +468,15 @@ def test_bad_sources(tmp_path: Path) -> None:
 )
 def test_bad_numbers(wrong: dict) -> None:
     assert next(iter(wrong)).split("_")[0] in problem("scenes", **wrong)
-    with pytest.raises(Problem, match="crop must be a share"):
+    with pytest.raises(InputError, match="crop must be a share"):
         Preparation(1.5)
-    with pytest.raises(Problem, match="unknown crop mode 'centre': did you mean 'center'"):
+    with pytest.raises(InputError, match="unknown crop mode 'centre': did you mean 'center'"):
         Preparation(mode="centre")
 
 
 def test_bad_batch(folder: Path) -> None:
     for source in ("scenes", str(folder)):
-        with pytest.raises(Problem, match="batch must be 1 or more"):
+        with pytest.raises(InputError, match="batch must be 1 or more"):
             next(images.load(source, size=8).batches(0))
 
 
@@ -511,7 +512,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPa
             answered.set()
 
     monkeypatch.setattr(utils, "get_session", Silent)
-    with problems.hub(0.2) as alive:
+    with hub.hub(0.2) as alive:
         assert not alive
         assert constants.HF_HUB_OFFLINE
         assert datasets.config.HF_HUB_OFFLINE
@@ -523,12 +524,12 @@ def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPa
 def test_a_hub_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(problems, "_answers", lambda *_: True)
-    with problems.hub() as alive:
+    monkeypatch.setattr(hub, "_answers", lambda *_: True)
+    with hub.hub() as alive:
         assert alive
         assert not constants.HF_HUB_OFFLINE
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as a user's HF_HUB_OFFLINE=1 does
-    with problems.hub() as alive:
+    with hub.hub() as alive:
         assert not alive
     assert constants.HF_HUB_OFFLINE
 
@@ -537,7 +538,7 @@ def test_no_such_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> None:
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name}\ndoesn't exist")
 
-    monkeypatch.setattr(problems, "_answers", lambda *_: True)
+    monkeypatch.setattr(hub, "_answers", lambda *_: True)
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     assert "no such name" in problem("nobody/nothing")
 
@@ -545,31 +546,31 @@ def test_no_such_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_names_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = parquet(tmp_path / "p.parquet", [encode(noise(seed=i)) for i in range(9)], name=[str(i) for i in range(9)])
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
-    asked = []
+    requested = []
 
     def load(name: str, split: str, streaming: bool, revision: str | None) -> datasets.IterableDataset:
-        asked.append((name, split, streaming, revision))
+        requested.append((name, split, streaming, revision))
         return real("parquet", data_files=str(file), split="train", streaming=True)
 
     real = datasets.load_dataset
-    monkeypatch.setattr(problems, "_answers", lambda *_: True)
+    monkeypatch.setattr(hub, "_answers", lambda *_: True)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _name: ["train", "validation"])
     monkeypatch.setattr(datasets, "load_dataset", load)
     commit = ["abc"]
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda _self, _name: SimpleNamespace(sha=commit[0]))
     stream = images.load("someone/pictures", size=8, count=5, seed=1)
-    assert asked == [("someone/pictures", "validation", True, "abc")]
+    assert requested == [("someone/pictures", "validation", True, "abc")]
     names = everything(stream).names
     assert len(set(names)) == 5
     assert everything(stream).names == names
     assert names != everything(images.load("someone/pictures", size=8, count=5, seed=2)).names
-    with pytest.raises(Problem, match="no split 'test', only train, validation"):
+    with pytest.raises(InputError, match="no split 'test', only train, validation"):
         images.load("someone/pictures", size=8, split="test")
     commit[0] = "def"  # a data set that was changed on the hub is another one
     assert images.load("someone/pictures", size=8, count=5, seed=1).key != stream.key
 
 
-# --- real pictures
+# --- real images
 
 
 def test_real_sets(shared_data: Path) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from vitregs import artifacts, backbones, capture
-from vitregs.backbones import Backbone
-from vitregs.probes import pick
+from vitregs.measure import outliers
+from vitregs.models import capture, registry
+from vitregs.models.backbone import Backbone
+from vitregs.probes import sampling
 
 GRID = (6, 8)
 SIDE = 8  # pixels of a patch
@@ -20,7 +21,7 @@ BLOCK = 2  # whose MLP is changed: its output is layer BLOCK + 1
 COUNT = 40
 
 
-def pictures(share: float) -> tuple[torch.Tensor, np.ndarray]:
+def images(share: float) -> tuple[torch.Tensor, np.ndarray]:
     """Noise, in which a share of the patches is flat and dark: → pixels and which patches (images, patches)."""
     rng = np.random.default_rng(0)
     flat = rng.random((COUNT, GRID[0] * GRID[1])) < share
@@ -31,7 +32,7 @@ def pictures(share: float) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def network() -> Backbone:
-    return backbones.random(
+    return registry.random(
         "vit_tiny_patch16_224", img_size=(48, 64), patch_size=SIDE, embed_dim=48, depth=5, num_heads=3, num_classes=0
     )
 
@@ -60,15 +61,15 @@ def plant(backbone: Backbone, pixels: torch.Tensor, flat: np.ndarray, length: fl
 
 @pytest.mark.parametrize("share", [0.02, 0.05])
 def test_planted_neurons_are_found_with_their_share(share: float) -> None:
-    pixels, flat = pictures(share)
+    pixels, flat = images(share)
     backbone = network()
-    before = artifacts.verdict(artifacts.by_layer(capture.norms(backbone, pixels)))
+    before = outliers.verdict(outliers.layer_evidence(capture.norms(backbone, pixels)))
     assert before[0] == "none"
     plain = float(capture.norms(backbone, pixels, layers=[BLOCK + 1]).median())
     plant(backbone, pixels, flat, 20 * plain)
     norms = capture.norms(backbone, pixels)
-    layers = artifacts.by_layer(norms)
-    word, layer, _ = artifacts.verdict(layers)
+    layers = outliers.layer_evidence(norms)
+    word, layer, _ = outliers.verdict(layers)
     assert word == "artifacts"
     assert layer > BLOCK
     table = layers.set_index("layer")
@@ -76,15 +77,15 @@ def test_planted_neurons_are_found_with_their_share(share: float) -> None:
     assert table.loc[BLOCK + 1, "share"] == pytest.approx(flat.mean(), rel=0.02)
     for at in range(BLOCK + 1, backbone.depth + 1):
         here = norms.sel(layer=at)
-        marked = artifacts.outliers(here, artifacts.cutoff(here))
-        np.testing.assert_array_equal(pick.eligible(marked, "outlier")[:, backbone.prefix :], flat)
+        marked = outliers.mark_outliers(here, outliers.find_cutoff(here))
+        np.testing.assert_array_equal(sampling.eligible(marked, "outlier")[:, backbone.prefix :], flat)
 
 
 def test_silent_neurons_change_nothing() -> None:
-    """The same neurons on pictures without such patches: still none."""
-    pixels, flat = pictures(0.03)
+    """The same neurons on images without such patches: still none."""
+    pixels, flat = images(0.03)
     backbone = network()
     plain = float(capture.norms(backbone, pixels, layers=[BLOCK + 1]).median())
     plant(backbone, pixels, flat, 20 * plain)
-    busy, _ = pictures(0.0)
-    assert artifacts.verdict(artifacts.by_layer(capture.norms(backbone, busy)))[0] == "none"
+    busy, _ = images(0.0)
+    assert outliers.verdict(outliers.layer_evidence(capture.norms(backbone, busy)))[0] == "none"

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitregs import results
-from vitregs.pretrain import lessons
-from vitregs.pretrain.recipes import recipe
-from vitregs.problems import Problem
+from vitregs import cache
+from vitregs.book import demos
+from vitregs.errors import InputError
+from vitregs.train.recipes import recipe
 
 SMALL = ["size=femto", "image_size=32", "batch=8", "precision=fp32"]
 
@@ -17,15 +17,15 @@ pytestmark = pytest.mark.usefixtures("little_to_watch")
 
 
 def test_short_runs_warm_up_in_time() -> None:
-    made = lessons.short("mae-pico", 24, ["batch=8"])
+    made = demos.short("mae-pico", 24, ["batch=8"])
     assert (made.steps, made.warmup, made.batch) == (24, 6, 8)
-    assert lessons.short("mae-pico", 5000).warmup == lessons.SHORT_WARMUP
-    assert lessons.short("mae-pico", 1).warmup == 1
+    assert demos.short("mae-pico", 5000).warmup == demos.SHORT_WARMUP
+    assert demos.short("mae-pico", 1).warmup == 1
 
 
 def test_a_taste() -> None:
-    found = lessons.taste(["supervised-pico", "mae-pico"], steps=3, words=SMALL, device="cpu")
-    table = lessons.progress(found)
+    found = demos.taste(["supervised-pico", "mae-pico"], steps=3, words=SMALL, device="cpu")
+    table = demos.progress(found)
     assert table["recipe"].tolist() == ["supervised-pico", "mae-pico"]
     assert table["steps"].tolist() == [3, 3]
     assert np.isfinite(table[["loss at first", "loss at last"]].to_numpy(float)).all()
@@ -35,23 +35,23 @@ def test_a_taste() -> None:
 def test_the_first_loss_is_near_that_of_chance(name: str) -> None:
     import torch
 
-    from vitregs.pretrain import feeds, objectives
+    from vitregs.train import data, learners
 
-    chosen = lessons.short(name, 4, ["size=femto", "batch=16", "precision=fp32"])
-    feed = feeds.make(chosen, torch.device("cpu"))
-    learner = objectives.learner(chosen, feed)
+    chosen = demos.short(name, 4, ["size=femto", "batch=16", "precision=fp32"])
+    feed = data.make(chosen, torch.device("cpu"))
+    learner = learners.learner(chosen, feed)
     torch.manual_seed(0)
     assert float(learner(feed.take(0, captions=learner.captions)).detach()) == pytest.approx(
-        lessons.chance(chosen), rel=0.45
+        demos.chance(chosen), rel=0.45
     )
 
 
 def test_what_mae_sees() -> None:
-    rows = lessons.masked("mae-pico", count=3)
-    picture, seen, wanted = rows.values()
+    rows = demos.masked("mae-pico", count=3)
+    image, seen, wanted = rows.values()
     assert {r.shape for r in rows.values()} == {(3, 64, 64, 3)}
     patches = [
-        r.reshape(3, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(3, 64, -1) for r in (picture, seen, wanted)
+        r.reshape(3, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(3, 64, -1) for r in (image, seen, wanted)
     ]
     hidden = (patches[1] == 0.5).all(-1)
     assert hidden.sum(1).tolist() == [48] * 3
@@ -61,8 +61,8 @@ def test_what_mae_sees() -> None:
 
 
 def test_what_dino_sees() -> None:
-    plain, masked = lessons.crops("dino-pico", count=2), lessons.crops("dinov2-pico", count=4)
-    assert list(plain) == ["picture", "large crop 1", "large crop 2", "small crop 1", "small crop 2"]
+    plain, masked = demos.crops("dino-pico", count=2), demos.crops("dinov2-pico", count=4)
+    assert list(plain) == ["image", "large crop 1", "large crop 2", "small crop 1", "small crop 2"]
     assert plain["small crop 1"].shape == (2, 32, 32, 3)
     assert list(masked)[-1] == "masked for iBOT"
     grey = (masked["masked for iBOT"] == 0.5).all(-1)
@@ -70,15 +70,15 @@ def test_what_dino_sees() -> None:
 
 
 def test_captions(tmp_path: Path) -> None:
-    found = lessons.captions("clip-pico", count=3)["caption"]
+    found = demos.captions("clip-pico", count=3)["caption"]
     assert len(found) == 3
     assert all("background" in c for c in found)
     from PIL import Image
 
     for i in range(100):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    with pytest.raises(Problem, match="clip needs captions"):
-        lessons.captions("clip-pico", images=str(tmp_path))
+    with pytest.raises(InputError, match="clip needs captions"):
+        demos.captions("clip-pico", images=str(tmp_path))
 
 
 def test_a_run_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,8 +94,8 @@ def test_a_run_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("IPython.display.display", display)
     chosen = recipe("hunt-femto").override(name="own", image_size=32, steps=6, warmup=2)
-    log = lessons.follow(chosen, every=2, device="cpu", out=str(tmp_path / "run"))
+    log = demos.follow(chosen, every=2, device="cpu", out=str(tmp_path / "run"))
     assert [how for how, _ in shown] == ["first", *["again"] * 3]
     assert log["step"].values.tolist() == [0, 2, 4, 6]
-    assert results.load(tmp_path / "run" / "history.nc").equals(log)
-    assert lessons.follow(chosen, every=3, device="cpu")["step"].values.tolist() == [0, 3, 6]
+    assert cache.load_dataset(tmp_path / "run" / "history.nc").equals(log)
+    assert demos.follow(chosen, every=3, device="cpu")["step"].values.tolist() == [0, 3, 6]

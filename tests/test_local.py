@@ -5,10 +5,11 @@ import pytest
 import torch
 import xarray as xr
 
-from vitregs import backbones, images
+from vitregs.arrays import token_coords
+from vitregs.data import images
+from vitregs.errors import InputError
+from vitregs.models import registry
 from vitregs.probes import local
-from vitregs.problems import Problem
-from vitregs.results import token_coords
 
 GRID = (4, 6)
 PLACES = 24
@@ -40,8 +41,8 @@ def test_a_position_that_is_not_there_is_chance() -> None:
     found = local.locate(states(noise), marks(90))["score"]
     assert float(found.sel(quantity="top1", group="all")) < 3 / PLACES
     cells = np.stack(np.divmod(np.arange(PLACES), 6), 1)
-    blind = np.linalg.norm(cells[:, None] - cells, axis=-1).mean()  # both cells uniform
-    assert float(found.sel(quantity="distance", group="all")) == pytest.approx(blind, rel=0.15)
+    uniform_guess = np.linalg.norm(cells[:, None] - cells, axis=-1).mean()  # both cells uniform
+    assert float(found.sel(quantity="distance", group="all")) == pytest.approx(uniform_guess, rel=0.15)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -55,7 +56,7 @@ def test_a_position_that_outliers_lack_is_found_in_the_others(own: bool) -> None
 
 
 def test_distances_by_hand() -> None:
-    """A probe that was taught the mirrored columns names the mirrored column: |x - (5 - x)| on a grid of 4 by 6."""
+    """A probe trained on the mirrored columns names the mirrored column: |x - (5 - x)| on a grid of 4 by 6."""
     values = place_codes(30, 0.01)
     mirrored = values.reshape(30, 4, 6, 16)[:, :, ::-1].reshape(values.shape)
     both = np.concatenate([values[:20], mirrored[20:]])
@@ -97,13 +98,13 @@ def test_ridge_solves_its_equations() -> None:
     rng = np.random.default_rng(0)
     x, y, test = rng.normal(size=(80, 6)) + 2, rng.normal(size=(80, 3)), rng.normal(size=(5, 6))
     found = local._ridge(x, y, test)
-    spread = np.linalg.eigvalsh(
+    eigenvalues = np.linalg.eigvalsh(
         np.cov(x[8:].T, bias=True) if False else (x - x.mean(0))[8:].T @ (x - x.mean(0))[8:] / 72
     )
     fits = []
     for r in local.RIDGES:
         a, b = x - x.mean(0), y - y.mean(0)
-        w = np.linalg.solve(a.T @ a / len(a) + r * spread.mean() * np.eye(6), a.T @ b / len(a))
+        w = np.linalg.solve(a.T @ a / len(a) + r * eigenvalues.mean() * np.eye(6), a.T @ b / len(a))
         fits.append((test - x.mean(0)) @ w + y.mean(0))
     assert min(np.abs(f - found).max() for f in fits) < 1e-10
 
@@ -118,7 +119,7 @@ def test_a_group_without_tokens_has_no_score() -> None:
 
 
 def test_patches_are_cut_row_after_row() -> None:
-    backbone = backbones.random("vit_tiny_patch16_224", img_size=(32, 48), embed_dim=24, depth=1, num_heads=2)
+    backbone = registry.random("vit_tiny_patch16_224", img_size=(32, 48), embed_dim=24, depth=1, num_heads=2)
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     cut = local.cut(backbone, pixels)
     assert cut.shape == (2, 6, 768)
@@ -131,31 +132,31 @@ def test_patches_are_cut_row_after_row() -> None:
 def test_normal_patches_on_objects_are_a_group_of_their_own() -> None:
     """A control for outliers that are objects: half of the patches are objects, and only these have lost their place."""
     values, marked = place_codes(60, 0.05), marks(60)
-    ground = np.tile(np.arange(PLACES) % 2, (60, 1)).astype(float)
-    values[ground == 0] = np.random.default_rng(2).normal(size=(60 * PLACES // 2, 16))
-    found = local.locate(states(values), marked, ground)
+    background = np.tile(np.arange(PLACES) % 2, (60, 1)).astype(float)
+    values[background == 0] = np.random.default_rng(2).normal(size=(60 * PLACES // 2, 16))
+    found = local.locate(states(values), marked, background)
     top1 = found["score"].sel(quantity="top1")
     assert found["group"].values.tolist() == ["all", "normal", "outlier", "normal on objects"]
     assert float(top1.sel(group="normal on objects")) < 0.2
     assert float(top1.sel(group="normal")) > 0.4
-    with pytest.raises(Problem, match=r"masks of \(60, 23\) tokens do not fit states of \(60, 24\)"):
-        local.locate(states(values), marked, ground[:, 1:])
+    with pytest.raises(InputError, match=r"masks of \(60, 23\) tokens do not fit states of \(60, 24\)"):
+        local.locate(states(values), marked, background[:, 1:])
 
 
 def test_mistakes_are_named() -> None:
     good = states(place_codes(30, 0.05))
-    with pytest.raises(Problem, match="3 pictures are too few to teach a probe with some and score others"):
+    with pytest.raises(InputError, match="3 images are too few to train a probe on some and test it on others"):
         local.locate(good[:3], marks(3))
-    with pytest.raises(Problem, match=r"marks of \(29, 24\) tokens do not fit states of \(30, 24\)"):
+    with pytest.raises(InputError, match=r"marks of \(29, 24\) tokens do not fit states of \(30, 24\)"):
         local.locate(good, marks(29))
-    with pytest.raises(Problem, match=r"pixels of \(30, 23\) patches do not fit states of \(30, 24\)"):
+    with pytest.raises(InputError, match=r"pixels of \(30, 23\) patches do not fit states of \(30, 24\)"):
         local.reconstruct(good, np.zeros((30, 23, 4)), marks(30))
     coords = token_coords(["cls", "patch", "patch"], (1, 2))
     mixed = xr.DataArray(np.zeros((9, 3, 2)), dims=("image", "token", "channel"), coords=coords)
-    with pytest.raises(Problem, match="local probes ask patch tokens only: leave CLS and registers out"):
+    with pytest.raises(InputError, match="local probes take patch tokens only: leave CLS and registers out"):
         local.locate(mixed, mixed.isel(channel=0) > 0)
     one = xr.DataArray(np.zeros((9, 1, 2)), dims=("image", "token", "channel"), coords=token_coords(["patch"], (1, 1)))
-    with pytest.raises(Problem, match="a grid of one patch has no positions to tell apart"):
+    with pytest.raises(InputError, match="a grid of one patch has no positions to tell apart"):
         local.locate(one, one.isel(channel=0) > 0)
-    with pytest.raises(Problem, match="not finite"):
+    with pytest.raises(InputError, match="not finite"):
         local.locate(states(np.full((30, PLACES, 4), np.nan)), marks(30))

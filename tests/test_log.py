@@ -5,32 +5,36 @@ import re
 import numpy as np
 import pytest
 
-from vitregs import artifacts, backbones, chapters, results, scenes
-from vitregs.pretrain import history
+from vitregs import arrays, cache, paths
+from vitregs.book import chapter
+from vitregs.data import scenes
+from vitregs.measure import outliers, redundancy
+from vitregs.models import registry
+from vitregs.train import monitor
 
-DEIT = results.ROOT / "data" / "results" / "deit_tiny_on_coco"
+DEIT = paths.ROOT / "data" / "results" / "deit_tiny_on_coco"
 MODEL = "deit_tiny_patch16_224.nc"
 
 
 def test_deit_tiny_has_a_minor_mode_and_no_outliers() -> None:
-    norms = results.load(DEIT / "02_norms" / f"norms.{MODEL}")["value"]
+    norms = cache.load_dataset(DEIT / "02_norms" / f"norms.{MODEL}")["value"]
     assert norms.sizes["image"] == 32
-    table = artifacts.by_layer(norms).set_index("layer")
+    table = outliers.layer_evidence(norms).set_index("layer")
     late, early = table.loc[10:], table.loc[1:9]
     assert (early["share"] == 0).all()
     assert table["cutoff"].isna().all()
     assert late["ratio"].between(1.75, 2.1).all()
     assert late["share"].to_numpy() == pytest.approx(0.04, abs=0.005)
     assert late["separation"].between(4.5, 6).all()
-    assert artifacts.verdict(table.reset_index())[0] == "none"
-    assert artifacts.largest_ratio(norms).sel(layer=12).median() == pytest.approx(2.3, abs=0.05)
+    assert outliers.verdict(table.reset_index())[0] == "none"
+    assert outliers.largest_ratio(norms).sel(layer=12).median() == pytest.approx(2.3, abs=0.05)
 
 
 def test_its_large_norms_sit_on_redundant_patches() -> None:
-    norms = results.load(DEIT / "04_redundant_patches" / f"norms.{MODEL}")["value"]
-    similar = results.load(DEIT / "04_redundant_patches" / f"similarity.{MODEL}")["value"].values
-    marked, what = artifacts.mark(norms, artifacts.cutoff(norms), 0.02)
-    hot = artifacts.patches(marked).values
+    norms = cache.load_dataset(DEIT / "04_redundant_patches" / f"norms.{MODEL}")["value"]
+    similar = cache.load_dataset(DEIT / "04_redundant_patches" / f"similarity.{MODEL}")["value"].values
+    marked, what = outliers.mark_or_top(norms, outliers.find_cutoff(norms), 0.02)
+    hot = arrays.patches(marked).values
     assert what == "top 2 % of norms"
     assert np.median(similar[hot]) == pytest.approx(0.970, abs=0.002)
     assert np.median(similar[~hot]) == pytest.approx(0.671, abs=0.002)
@@ -38,7 +42,7 @@ def test_its_large_norms_sit_on_redundant_patches() -> None:
 
 @pytest.mark.parametrize(("step", "share"), [(3000, 0.016), (5000, 0.012), (10_000, 0.002), (14_000, 0), (20_000, 0)])
 def test_the_upper_branch_of_the_register_model_comes_and_goes(step: int, share: float) -> None:
-    log = backbones.history("supervised-pico-reg4")
+    log = registry.history("supervised-pico-reg4")
     assert log is not None
     then = log.sel(step=step).isel(layer=-1)
     counts = then["hist"].values
@@ -51,25 +55,25 @@ PAIRS = [f"{o}-pico{r}" for o in ("clip", "mae", "dino", "dinov2") for r in ("",
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_each_objective_has_learned_colours(name: str) -> None:
-    card = backbones.card(name)
+    card = registry.card(name)
     assert card["linear"]["colour"] > card["linear_untrained"]["colour"] + 0.15
 
 
-@pytest.mark.parametrize("name", [n for n in backbones.zoo() if n not in ("mae-pico", "mae-pico-reg4")])
+@pytest.mark.parametrize("name", [n for n in registry.zoo() if n not in ("mae-pico", "mae-pico-reg4")])
 def test_outliers_have_not_emerged(name: str) -> None:
-    log = backbones.history(name)
+    log = registry.history(name)
     assert log is not None
-    assert not history.emerged(log)
+    assert not monitor.emerged(log)
 
 
 @pytest.mark.parametrize("name", ["mae-pico", "mae-pico-reg4"])
 def test_mae_meets_the_rule_with_its_objects(name: str) -> None:
     """The first half of the rule, and the table of chapter 7: hardly an outlier on plain background."""
-    log = backbones.history(name)
+    log = registry.history(name)
     assert log is not None
-    assert history.emerged(log)
-    data = results.load(results.ROOT / "data" / "results" / "07_registers" / f"norms.{name}.nc")
-    found = artifacts.hunt(data["value"], data["background"].values)
+    assert monitor.emerged(log)
+    data = cache.load_dataset(paths.ROOT / "data" / "results" / "07_registers" / f"norms.{name}.nc")
+    found = outliers.judge_emergence(data["value"], data["background"].values)
     assert found.emerged
     assert found.artifact is False
     assert found.background[0] < 0.01
@@ -78,40 +82,42 @@ def test_mae_meets_the_rule_with_its_objects(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "ratio"), [("hunt-femto", 3.9), ("hunt-nano", 3.6), ("hunt-pico", 2.2)])
 def test_wider_networks_have_smaller_ratios(name: str, ratio: float) -> None:
-    log = backbones.history(name)
+    log = registry.history(name)
     assert log is not None
-    assert history.strongest(log)["top1"] == pytest.approx(ratio, abs=0.06)
+    assert monitor.strongest(log)["top1"] == pytest.approx(ratio, abs=0.06)
 
 
 @pytest.mark.parametrize("name", ["hunt-femto", "hunt-nano", "hunt-pico", "hunt-long", "clip-pico"])
 def test_sinks_come_first(name: str) -> None:
     """More than ten fair shares on one patch within the first thousand steps."""
-    log = backbones.history(name)
+    log = registry.history(name)
     assert log is not None
     assert float(log["sink"].sel(kind="patch").max("block").sel(step=slice(0, 1100)).max()) > 10
 
 
-def test_clips_minor_mode_tells_pictures_apart() -> None:
-    """2.7 % of the patches at 2.1 x the median, in 8 of 64 pictures, up to 35 patches of one."""
-    norms = results.load(results.ROOT / "data" / "results" / "07_registers" / "norms.clip-pico.nc")["value"]
+def test_clips_minor_mode_tells_images_apart() -> None:
+    """2.7 % of the patches at 2.1 x the median, in 8 of 64 images, up to 35 patches of one."""
+    norms = cache.load_dataset(paths.ROOT / "data" / "results" / "07_registers" / "norms.clip-pico.nc")["value"]
     at = norms.sel(layer=4)
-    cut = artifacts.cutoff(at)
+    cut = outliers.find_cutoff(at)
     assert cut.value is None
     assert (cut.share, cut.ratio) == pytest.approx((0.027, 2.1), abs=0.05)
-    marked, _ = artifacts.mark(at, cut, cut.share)
-    count = artifacts.patches(marked).values.sum(1)
+    marked, _ = outliers.mark_or_top(at, cut, cut.share)
+    count = arrays.patches(marked).values.sum(1)
     assert (len(count), (count > 0).sum(), count.max()) == (64, 8, 35)
 
 
 def test_hunt_pico_marks_two_colours() -> None:
-    """The mode of its last block on the scenes of chapter 3: 98 % of orange, 91 % of red, no other colour, no wall."""
-    norms = results.load(results.ROOT / "data" / "results" / "03_when_outliers_appear" / "norms.hunt-pico.nc")["value"]
+    """The mode of its last block on the scenes of chapter 3: 98 % of orange, 91 % of red, no other colour, no background."""
+    norms = cache.load_dataset(paths.ROOT / "data" / "results" / "03_when_outliers_appear" / "norms.hunt-pico.nc")[
+        "value"
+    ]
     at = norms.isel(layer=-1)
-    marked = artifacts.outliers(at, artifacts.cutoff(at))
-    run = chapters.Run("03_when_outliers_appear", models=["hunt-pico"], device="cpu")
+    marked = outliers.mark_outliers(at, outliers.find_cutoff(at))
+    run = chapter.Run("03_when_outliers_appear", models=["hunt-pico"], device="cpu")
     colours = run.colours(run.backbones["hunt-pico"])
     assert colours is not None
-    share = artifacts.share_by_group(marked, colours, scenes.COLOUR_NAMES).set_index("group")["share"]
+    share = redundancy.share_by_group(marked, colours, scenes.COLOUR_NAMES).set_index("group")["share"]
     assert share["orange"] == pytest.approx(0.98, abs=0.01)
     assert share["red"] == pytest.approx(0.905, abs=0.01)
     assert share.drop(["orange", "red"]).max() < 0.02
@@ -119,7 +125,7 @@ def test_hunt_pico_marks_two_colours() -> None:
 
 def test_the_register_sweep_is_that_of_the_cards() -> None:
     part = (
-        (results.ROOT / "data" / "results" / "LOG.md")
+        (paths.ROOT / "data" / "results" / "LOG.md")
         .read_text()
         .split("how many registers, and what a seed is worth")[1]
     )
@@ -127,7 +133,7 @@ def test_the_register_sweep_is_that_of_the_cards() -> None:
     assert {"clip-pico", *(f"clip-pico-reg{n}" for n in (1, 2, 4, 8, 16)), "clip-pico-seed1"} <= rows.keys()
     for name, row in rows.items():
         registers, seed, minutes, accuracy, colour, shape = (float(v) for v in row.split("|"))
-        card = backbones.card(name)
+        card = registry.card(name)
         assert (registers, seed) == (card["recipe"]["registers"], card["recipe"]["seed"])
         assert minutes == pytest.approx(card["minutes"], abs=0.6)
         found = (card["accuracy"], card["linear"]["colour"], card["linear"]["shape"])
@@ -135,7 +141,7 @@ def test_the_register_sweep_is_that_of_the_cards() -> None:
 
 
 def test_values_of_deit_tinys_largest_norms_are_short() -> None:
-    lengths = results.load(DEIT / "10_object_discovery" / f"lengths.{MODEL}")
+    lengths = cache.load_dataset(DEIT / "10_object_discovery" / f"lengths.{MODEL}")
     assert lengths["ratio"].sel(projection=["value", "key", "query"]).values == pytest.approx(
         [0.41, 0.86, 0.77], abs=0.005
     )

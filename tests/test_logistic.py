@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from vitregs.errors import InputError
 from vitregs.probes import logistic
-from vitregs.problems import Problem
 
 
 def features(n: int, d: int, k: int, seed: int = 0, far: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -59,12 +59,12 @@ def test_problems_of_a_grid_do_not_disturb_each_other(monkeypatch: pytest.Monkey
     for i, c in enumerate((1e-3, 10.0)):
         alone = logistic.path(torch.from_numpy(x), torch.from_numpy(y), [c])
         torch.testing.assert_close(alone.loss[0], both.loss[i], atol=2e-5, rtol=0)
-    monkeypatch.setattr(logistic, "LARGEST", 1)  # one picture a block
+    monkeypatch.setattr(logistic, "LARGEST", 1)  # one image a block
     blocks = logistic.path(torch.from_numpy(x), torch.from_numpy(y), [1e-3, 10.0])
     torch.testing.assert_close(blocks.loss, both.loss, atol=2e-5, rtol=0)
 
 
-def test_shifts_and_the_order_of_pictures_do_not_matter() -> None:
+def test_shifts_and_the_order_of_images_do_not_matter() -> None:
     x, y = features(200, 10, 4)
     order = np.random.default_rng(1).permutation(len(x))
     first = logistic.path(torch.from_numpy(x), torch.from_numpy(y), [1.0])
@@ -101,35 +101,35 @@ def test_the_slope_is_that_of_the_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "words"),
+    ("x", "y", "message"),
     [
-        (torch.zeros(4, 2), torch.tensor([0, 1, 0]), "there are 3 labels for 4 pictures"),
-        (torch.zeros(3, 2), torch.tensor([0, -1, 1]), "1 of 3 pictures have no label"),
+        (torch.zeros(4, 2), torch.tensor([0, 1, 0]), "there are 3 labels for 4 images"),
+        (torch.zeros(3, 2), torch.tensor([0, -1, 1]), "1 of 3 images have no label"),
         (
             torch.zeros(3, 2),
             torch.tensor([1, 1, 1]),
-            "all pictures have the same label: there is nothing to tell apart",
+            "all images have the same label: there is nothing to tell apart",
         ),
         (
             torch.zeros(2, 2),
             torch.tensor([[True, False], [True, False]]),
-            "no label is true for some pictures and false for others: there is nothing to tell apart",
+            "no label is true for some images and false for others: there is nothing to tell apart",
         ),
         (torch.full((2, 2), torch.nan), torch.tensor([0, 1]), "the features are not finite"),
     ],
 )
-def test_what_cannot_be_fitted_is_said(x: torch.Tensor, y: torch.Tensor, words: str) -> None:
-    with pytest.raises(Problem, match=words):
+def test_what_cannot_be_fitted_is_said(x: torch.Tensor, y: torch.Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         logistic.path(x, y)
 
 
 def test_strengths_are_positive() -> None:
     x, y = features(20, 2, 2)
-    with pytest.raises(Problem, match="strengths must be positive"):
+    with pytest.raises(InputError, match="strengths must be positive"):
         logistic.path(torch.from_numpy(x), torch.from_numpy(y), [1.0, 0.0])
 
 
-def test_features_without_spread_give_the_frequencies() -> None:
+def test_features_without_standard_deviation_give_the_frequencies() -> None:
     y = torch.tensor([0, 0, 0, 1])
     found = logistic.path(torch.ones(4, 3), y, [1.0])
     odds = found.logits(torch.ones(1, 3))[0, 0].softmax(0)

@@ -14,13 +14,16 @@ import nbformat
 import pytest
 
 from tests import compare
-from vitregs import backbones, chapters, results
+from vitregs import paths
+from vitregs.book import execute, parameters
+from vitregs.cache import file_hash, load_dataset
+from vitregs.models import registry
 
-CHAPTERS = chapters.names()
+CHAPTERS = parameters.names()
 MEASURING = ("models", "weights", "images", "count", "size", "seed", "device")  # what a chapter on models can be told
 TRAINING = ("settings", "images", "device")  # and one that trains
 
-MODELS = [c for c in CHAPTERS if "models" in chapters.parameters(c)]
+MODELS = [c for c in CHAPTERS if "models" in parameters.chapter_parameters(c)]
 each = pytest.mark.parametrize("chapter", CHAPTERS)
 each_on_models = pytest.mark.parametrize("chapter", MODELS)
 
@@ -35,7 +38,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def read(chapter: str) -> Any:
-    return nbformat.read(chapters.NOTEBOOKS / f"{chapter}.ipynb", as_version=4)
+    return nbformat.read(parameters.NOTEBOOKS / f"{chapter}.ipynb", as_version=4)
 
 
 def tags(cell: Any) -> list[str]:
@@ -76,7 +79,7 @@ def test_a_notebook_is_valid_and_small(chapter: str) -> None:
     nbformat.validate(book)
     assert book.metadata.kernelspec.name == "python3"
     assert book.metadata.kernelspec.language == "python"
-    assert (chapters.NOTEBOOKS / f"{chapter}.ipynb").stat().st_size < 1e6
+    assert (parameters.NOTEBOOKS / f"{chapter}.ipynb").stat().st_size < 1e6
     assert len({c.id for c in book.cells}) == len(book.cells)
     assert "papermill" not in book.metadata
     assert [c.id for c in book.cells if {"papermill", "execution"} & c.metadata.keys()] == []
@@ -106,7 +109,7 @@ def test_parameters_are_typed_literals_with_help(chapter: str) -> None:
     assert all(isinstance(line, ast.AnnAssign) for line in lines)
     written = {line.target.id: ast.literal_eval(line.value) for line in lines}
     types = {line.target.id: ast.unparse(line.annotation) for line in lines}
-    found = chapters.parameters(chapter)
+    found = parameters.chapter_parameters(chapter)
     assert {n: p.default for n, p in found.items()} == written
     assert {n: p.type.__name__ for n, p in found.items()} == types
     assert {n for n, p in found.items() if len(p.help) < 4} == set()
@@ -193,7 +196,7 @@ def test_no_plumbing(chapter: str) -> None:
 def test_text_on_our_own_networks_is_marked(chapter: str) -> None:
     """Runs on other networks leave it out; exercises are asked of any network, and may name one of ours."""
     names = re.compile(
-        r"`(" + "|".join(map(re.escape, backbones.zoo())) + r")`|neither of ours|none of ours|\b[Oo]f ours\b"
+        r"`(" + "|".join(map(re.escape, registry.zoo())) + r")`|neither of ours|none of ours|\b[Oo]f ours\b"
     )
     marked = [c for c in read(chapter).cells if "defaults" in tags(c)]
     plain = [c for c in read(chapter).cells if c.cell_type == "markdown" and "defaults" not in tags(c)]
@@ -230,7 +233,7 @@ def test_stored_outputs_are_those_of_one_whole_run(chapter: str) -> None:
     assert [i for i, o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})] == []
     for cell in code(chapter):
         if "mystnb" in cell.metadata:
-            assert [o for o in cell.outputs if "image/png" in o.get("data", {})], f"{cell.id} has no picture"
+            assert [o for o in cell.outputs if "image/png" in o.get("data", {})], f"{cell.id} has no image"
     assert 'class="provenance"' in code(chapter)[-1].outputs[0].data["text/html"]
     text = "\n".join(c.source for c in read(chapter).cells if c.cell_type == "markdown")
     assert re.findall(r"^\W*(?:AGREES|TODO|TBD|FIXME|XXX)\b.*", text, re.MULTILINE) == []
@@ -238,11 +241,11 @@ def test_stored_outputs_are_those_of_one_whole_run(chapter: str) -> None:
 
 def built(chapter: str) -> tuple[Path, Path]:
     """A chapter as the build has executed it, or executed now where that is older than its sources: → notebook, results."""
-    book, folder = results.ROOT / "build" / "notebooks" / f"{chapter}.ipynb", results.ROOT / "build" / "results"
-    sources = [chapters.NOTEBOOKS / f"{chapter}.ipynb", *(results.ROOT / "lib" / "vitregs").rglob("*.py")]
-    sources += [p for name in ("paper", "zoo") for p in (results.ROOT / "data" / name).rglob("*") if p.is_file()]
+    book, folder = paths.ROOT / "build" / "notebooks" / f"{chapter}.ipynb", paths.ROOT / "build" / "results"
+    sources = [parameters.NOTEBOOKS / f"{chapter}.ipynb", *(paths.ROOT / "lib" / "vitregs").rglob("*.py")]
+    sources += [p for name in ("paper", "zoo") for p in (paths.ROOT / "data" / name).rglob("*") if p.is_file()]
     if not book.is_file() or book.stat().st_mtime < max(p.stat().st_mtime for p in sources):
-        chapters.execute(chapter, {}, book, folder)
+        execute.run_chapter(chapter, {}, book, folder)
     return book, folder
 
 
@@ -261,10 +264,10 @@ def test_nbval_agrees(chapter: str, tmp_path: Path) -> None:
     """Every cell as nbval runs it, without papermill and with everything measured anew."""
     needs_outputs(chapter)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    words = ["-m", "pytest", "-p", "tests.compare", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=3600"]
+    message = ["-m", "pytest", "-p", "tests.compare", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=3600"]
     done = subprocess.run(
-        [sys.executable, *words, str(chapters.NOTEBOOKS / f"{chapter}.ipynb")],
-        cwd=results.ROOT,
+        [sys.executable, *message, str(parameters.NOTEBOOKS / f"{chapter}.ipynb")],
+        cwd=paths.ROOT,
         env=environment | {"VITREGS_RESULTS": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -274,14 +277,14 @@ def test_nbval_agrees(chapter: str, tmp_path: Path) -> None:
     assert re.search(rf"\b{len(code(chapter))} passed", done.stdout), done.stdout[-2000:]
 
 
-# --- other models, other pictures
+# --- other models, other images
 
 
 def outputs(file: Path) -> list[Any]:
     return [o for c in nbformat.read(file, as_version=4).cells if c.cell_type == "code" for o in c.outputs]
 
 
-# what a chapter needs of real pictures, where it is not four of Imagenette
+# what a chapter needs of real images, where it is not four of Imagenette
 REAL = {
     "05_local_information": ("imagenette-224", 9),
     "06_global_information": ("imagenette-224", 60),
@@ -293,7 +296,7 @@ REAL = {
 
 
 @each_on_models
-def test_a_published_model_on_real_pictures(chapter: str, shared_data: Path, tmp_path: Path) -> None:
+def test_a_published_model_on_real_images(chapter: str, shared_data: Path, tmp_path: Path) -> None:
     name = "deit_tiny_patch16_224"
     folder, number = REAL.get(chapter, ("imagenette-224", 4))
     values = {
@@ -303,7 +306,7 @@ def test_a_published_model_on_real_pictures(chapter: str, shared_data: Path, tmp
         "count": number,
         "device": "cpu",
     }
-    made = chapters.execute(chapter, values, tmp_path / "out.ipynb", tmp_path / "results")
+    made = execute.run_chapter(chapter, values, tmp_path / "out.ipynb", tmp_path / "results")
     found = outputs(made)
     ours = [c.source for c in nbformat.read(made, as_version=4).cells if "defaults" in tags(c)]
     assert ours
@@ -311,21 +314,21 @@ def test_a_published_model_on_real_pictures(chapter: str, shared_data: Path, tmp
     assert [o for o in found if o.output_type == "error"] == []
     assert [o.text for o in found if o.output_type == "stream" and o.name == "stderr"] == []
     assert sum("image/png" in o.get("data", {}) for o in found) == sum("mystnb" in c.metadata for c in code(chapter))
-    assert results.file_hash(Path(values["weights"][0]))[:16] in found[-1].data["text/plain"]
-    arrays = [results.load(p) for p in (tmp_path / "results" / chapter).glob("*.nc")]
+    assert file_hash(Path(values["weights"][0]))[:16] in found[-1].data["text/plain"]
+    arrays = [load_dataset(p) for p in (tmp_path / "results" / chapter).glob("*.nc")]
     assert {str(a["model"].item()) for a in arrays} == {name}
     assert max(a.sizes.get("image", 0) for a in arrays) <= number
 
 
-def test_training_chapters_on_real_pictures(shared_data: Path, tmp_path: Path) -> None:
+def test_training_chapters_on_real_images(shared_data: Path, tmp_path: Path) -> None:
     source = str(shared_data / "cifar10")
     small = ["size=femto", "image_size=32", "batch=8"]
     for chapter, values in {
         "13": {"recipes": ["mae-pico", "supervised-pico"], "steps": 3, "settings": small},
         "14": {"recipe": "tinyimagenet-pico-reg2", "settings": [*small, "steps=4", "warmup=2"], "every": 2},
     }.items():
-        made = chapters.execute(
-            chapters.find(chapter), {**values, "images": source, "device": "cpu"}, tmp_path / "out.ipynb", tmp_path
+        made = execute.run_chapter(
+            parameters.find(chapter), {**values, "images": source, "device": "cpu"}, tmp_path / "out.ipynb", tmp_path
         )
         found = outputs(made)
         assert [o for o in found if o.output_type == "error"] == []
@@ -335,9 +338,9 @@ def test_training_chapters_on_real_pictures(shared_data: Path, tmp_path: Path) -
 def test_a_run_that_is_kept_goes_on(tmp_path: Path) -> None:
     values = {"settings": ["size=femto", "image_size=32", "steps=4", "warmup=2"], "device": "cpu", "every": 2}
     values |= {"recipe": "hunt-femto", "keep": str(tmp_path / "kept")}
-    chapters.execute("14_train_your_own", values, tmp_path / "out.ipynb", tmp_path)
+    execute.run_chapter("14_train_your_own", values, tmp_path / "out.ipynb", tmp_path)
     first = (tmp_path / "kept" / "weights.safetensors").stat().st_mtime
-    chapters.execute("14_train_your_own", values, tmp_path / "again.ipynb", tmp_path)
+    execute.run_chapter("14_train_your_own", values, tmp_path / "again.ipynb", tmp_path)
     assert (tmp_path / "kept" / "weights.safetensors").stat().st_mtime >= first
     assert {"README.md", "checkpoint.pt"} <= {p.name for p in (tmp_path / "kept").iterdir()}
 
@@ -347,7 +350,7 @@ def test_plain_papermill_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setenv("VITREGS_RESULTS", str(tmp_path / "results"))
     book = papermill.execute_notebook(
-        str(chapters.NOTEBOOKS / "02_norms.ipynb"),
+        str(parameters.NOTEBOOKS / "02_norms.ipynb"),
         str(tmp_path / "out.ipynb"),
         {"models": ["supervised-pico-reg4"], "count": 4},
         kernel_name="python3",
@@ -357,7 +360,7 @@ def test_plain_papermill_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ['models = ["supervised-pico-reg4"]', "count = 4"]
     ]
     assert [o for o in outputs(tmp_path / "out.ipynb") if o.output_type == "error"] == []
-    norms = results.load(tmp_path / "results" / "02_norms" / "norms.supervised-pico-reg4.nc")["value"]
+    norms = load_dataset(tmp_path / "results" / "02_norms" / "norms.supervised-pico-reg4.nc")["value"]
     assert dict(norms.sizes) == {"image": 4, "layer": 9, "token": 149}
 
 
@@ -373,6 +376,6 @@ def test_plain_papermill_is_checked_inside(tmp_path: Path, monkeypatch: pytest.M
         papermill.execute_notebook(
             str(tmp_path / "in.ipynb"), None, {"models": ["supervised-pika"]}, kernel_name="python3", progress_bar=False
         )
-    assert caught.value.ename == "Problem"
+    assert caught.value.ename == "InputError"
     assert caught.value.evalue == "unknown model 'supervised-pika': did you mean 'supervised-pico'?"
     assert not (tmp_path / "results").exists()

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitregs import backbones, scenes
-from vitregs.pretrain import augment, clip, dino, dinov2, feeds, mae, objectives, schedules, supervised, text, vits
-from vitregs.pretrain.recipe import Clip, Dino, DinoV2, Mae, Recipe, Supervised
+from vitregs.data import scenes
+from vitregs.models import registry
+from vitregs.train import augment, data, learners, schedules, text, vit
+from vitregs.train.config import Clip, Dino, DinoV2, Mae, Recipe, Supervised
+from vitregs.train.objectives import clip, dino, dinov2, mae, supervised
 
 CPU = torch.device("cpu")
 SMALL = {"size": "femto", "image_size": 32, "patch_size": 8, "steps": 10, "batch": 4, "warmup": 2, "precision": "fp32"}
@@ -25,10 +27,10 @@ OWN = {
 }
 
 
-def made(name: str, **changes: object) -> tuple[Recipe, feeds.Feed, object]:
+def made(name: str, **changes: object) -> tuple[Recipe, data.Feed, object]:
     chosen = Recipe(name, "for a test", OWN[name], **SMALL).override(**changes)
-    feed = feeds.make(chosen, CPU)
-    return chosen, feed, objectives.learner(chosen, feed)
+    feed = data.make(chosen, CPU)
+    return chosen, feed, learners.learner(chosen, feed)
 
 
 def close(one: torch.Tensor | float, two: torch.Tensor | float, tolerance: float = 1e-5) -> bool:
@@ -46,40 +48,40 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("registers", [0, 3])
 @pytest.mark.parametrize("patch_norm", [False, True])
 def test_encode_is_timm(registers: int, patch_norm: bool) -> None:
-    net = vits.build(Recipe("x", "", **SMALL, registers=registers, patch_norm=patch_norm)).eval()
+    net = vit.build(Recipe("x", "", **SMALL, registers=registers, patch_norm=patch_norm)).eval()
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        assert close(vits.encode(net, pixels), net.forward_features((pixels - 0.42) / 0.25), 1e-6)
+        assert close(vit.encode(net, pixels), net.forward_features((pixels - 0.42) / 0.25), 1e-6)
 
 
 def test_small_crops_are_timms_own_resizing() -> None:
     chosen = Recipe("x", "", **SMALL, registers=2)
-    net = vits.build(chosen).eval()
+    net = vit.build(chosen).eval()
     nn.init.normal_(net.pos_embed)
     other = timm.models.VisionTransformer(**chosen.vit(), num_classes=0, dynamic_img_size=True).eval()
     other.load_state_dict(net.state_dict())
     pixels = torch.rand(3, 3, 16, 16)
     with torch.no_grad():
-        assert close(vits.resized(net, pixels), other.forward_features((pixels - 0.42) / 0.25)[:, 0])
+        assert close(vit.resized(net, pixels), other.forward_features((pixels - 0.42) / 0.25)[:, 0])
 
 
 def test_kept_patches_are_the_only_ones_that_enter() -> None:
-    net = vits.build(Recipe("x", "", **SMALL, registers=1)).eval()
+    net = vit.build(Recipe("x", "", **SMALL, registers=1)).eval()
     pixels = torch.rand(1, 3, 32, 32)
     keep = torch.tensor([[5, 0, 10]])
     other = pixels.clone()
     other[:, :, 24:, 24:] += 1  # patch 15
     everything = torch.arange(16)[None]
     with torch.no_grad():
-        assert close(vits.encode(net, pixels, keep=everything), vits.encode(net, pixels), 1e-6)
-        one, two = (vits.encode(net, p, keep=keep) for p in (pixels, other))
+        assert close(vit.encode(net, pixels, keep=everything), vit.encode(net, pixels), 1e-6)
+        one, two = (vit.encode(net, p, keep=keep) for p in (pixels, other))
         assert torch.equal(one, two)
         assert one.shape == (1, 2 + 3, 32)
-        assert not torch.equal(vits.encode(net, pixels), vits.encode(net, other))
+        assert not torch.equal(vit.encode(net, pixels), vit.encode(net, other))
 
 
 def test_registers_leave_the_rest_as_it_was_and_start_apart() -> None:
-    nets = [vits.build(Recipe("x", "", **SMALL, registers=n)).state_dict() for n in (0, 4, 8)]
+    nets = [vit.build(Recipe("x", "", **SMALL, registers=n)).state_dict() for n in (0, 4, 8)]
     tokens = nets[1].pop("reg_token")[0]
     assert tokens.std() == pytest.approx(0.02, rel=0.3)
     assert (F.cosine_similarity(tokens[:1], tokens[1:]).abs() < 0.7).all()
@@ -96,7 +98,7 @@ def test_registers_leave_the_rest_as_it_was_and_start_apart() -> None:
 @pytest.mark.parametrize("kind", ["bce", "ce"])
 def test_supervised_loss_by_hand(kind: str, smoothing: float) -> None:
     chosen = Recipe("x", "", Supervised(kind, smoothing), **SMALL)
-    feed = feeds.make(chosen, CPU)
+    feed = data.make(chosen, CPU)
     learner = supervised.Learner(chosen, feed).eval()
     batch = feed.take(0)
     with torch.no_grad():
@@ -119,7 +121,7 @@ def test_clip_loss_by_hand() -> None:
     _, feed, learner = made("clip")
     batch = feed.take(0, captions=True)
     with torch.no_grad():
-        a = learner.pictures(batch.pixels).double().numpy()
+        a = learner.images(batch.pixels).double().numpy()
         b = learner.sentences(learner.words.encode(batch.captions)).double().numpy()
         found = float(learner(batch))
     assert np.allclose(np.linalg.norm(a, axis=1), 1)
@@ -153,12 +155,12 @@ def test_the_text_tower_reads_at_the_end_sign() -> None:
 
 
 def test_every_scene_caption_is_known_and_fits() -> None:
-    words = text.Vocabulary([])
+    message = text.Vocabulary([])
     found = scenes.render(200, 32, seed=3, difficulty=scenes.Difficulty(objects=(6, 6))).captions()
-    numbers = words.encode(found)
+    numbers = message.encode(found)
     assert not (numbers == text.UNKNOWN).any()
-    assert (numbers == words.end).sum(1).tolist() == [1] * 200
-    assert (numbers.argmax(1) == (numbers == words.end).int().argmax(1)).all()
+    assert (numbers == message.end).sum(1).tolist() == [1] * 200
+    assert (numbers.argmax(1) == (numbers == message.end).int().argmax(1)).all()
     assert len({tuple(n) for n in numbers.tolist()}) == len(set(found))
 
 
@@ -185,12 +187,12 @@ def test_mae_loss_by_hand_and_what_it_sees() -> None:
     with torch.no_grad():
         found = float(learner(feed.take(0)))
         painted = learner.predict(pixels, order)
-        blind = pixels.clone()  # without its hidden patches
+        occluded = pixels.clone()  # without its hidden patches
         for i in range(4):
             for p in hidden[i].nonzero()[:, 0].tolist():
                 y, x = divmod(p, 4)
-                blind[i, :, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8] = 0.5
-        assert close(learner.predict(blind, order), painted, 1e-6)
+                occluded[i, :, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8] = 0.5
+        assert close(learner.predict(occluded, order), painted, 1e-6)
     errors = []
     for i in range(4):
         for p in hidden[i].nonzero()[:, 0].tolist():
@@ -210,7 +212,7 @@ def test_the_decoder_puts_patches_where_they_were() -> None:
     order, hidden = learner.draw(4, CPU)
     with torch.no_grad():
         out = learner.predict(pixels, order)
-        tokens = learner.enter(vits.encode(learner.vit, pixels, keep=order[:, : learner.kept]))[:, 1:]
+        tokens = learner.enter(vit.encode(learner.vit, pixels, keep=order[:, : learner.kept]))[:, 1:]
     for i in range(4):
         for j, place in enumerate(order[i, : learner.kept].tolist()):
             assert torch.equal(out[i, place], tokens[i, j])
@@ -232,13 +234,13 @@ def fixed_views(learner: object, pixels: torch.Tensor) -> None:
     learner.crops = Fixed()
 
 
-def dino_by_hand(taught: np.ndarray, said: np.ndarray, centre: np.ndarray, hot: float) -> float:
-    """Mean over pairs of different views: taught (2, n, K), said (views, n, K)."""
-    target = np.exp(log_softmax((taught - centre) / hot))
+def dino_by_hand(targets: np.ndarray, predicted: np.ndarray, centre: np.ndarray, hot: float) -> float:
+    """Mean over pairs of different views: target (2, n, K), predicted (views, n, K)."""
+    target = np.exp(log_softmax((targets - centre) / hot))
     terms = [
-        -(target[t] * log_softmax(said[s] / 0.1)).sum(-1).mean()
-        for t in range(len(taught))
-        for s in range(len(said))
+        -(target[t] * log_softmax(predicted[s] / 0.1)).sum(-1).mean()
+        for t in range(len(targets))
+        for s in range(len(predicted))
         if s != t
     ]
     return float(np.mean(terms))
@@ -258,8 +260,8 @@ def test_dino_losses_by_hand(name: str) -> None:
     centre = learner.loss.center[0].double().numpy()
     large, small = learner.crops(batch.pixels)
     with torch.no_grad():
-        tokens = [vits.encode(learner.teacher, v) for v in large]
-        taught = np.stack([learner.teacher_head(t[:, 0]).double().numpy() for t in tokens])
+        tokens = [vit.encode(learner.teacher, v) for v in large]
+        target = np.stack([learner.teacher_head(t[:, 0]).double().numpy() for t in tokens])
         masks = torch.zeros(8, 4, 4, dtype=torch.bool)
         if name == "dinov2":
             masks[1, 1:3, 0:2] = masks[6, 0, :3] = True
@@ -267,13 +269,13 @@ def test_dino_losses_by_hand(name: str) -> None:
         hidden = masks.flatten(1).view(2, 4, 16)
         token = getattr(learner, "mask_token", torch.zeros(1, 1, 32))
         seen = [
-            vits.encode(learner.vit, v, lambda x, m=m: x * ~m[..., None] + token * m[..., None])
+            vit.encode(learner.vit, v, lambda x, m=m: x * ~m[..., None] + token * m[..., None])
             for v, m in zip(large, hidden, strict=True)
         ]
-        cls = [t[:, 0] for t in seen] + [vits.resized(learner.vit, v) for v in small]
-        said = np.stack([learner.head(c).double().numpy() for c in cls])
+        cls = [t[:, 0] for t in seen] + [vit.resized(learner.vit, v) for v in small]
+        predicted = np.stack([learner.head(c).double().numpy() for c in cls])
         found = float(learner(batch))
-    wanted = dino_by_hand(taught, said, centre, hot)
+    wanted = dino_by_hand(target, predicted, centre, hot)
     if name == "dinov2":
         total = 0.0
         for v in range(2):
@@ -291,7 +293,7 @@ def test_dino_losses_by_hand(name: str) -> None:
             far = np.linalg.norm(x[:, None] - x[None], axis=-1) + np.eye(4) * 9
             wanted += 0.1 * -np.log(far.min(1)).mean()
     assert found == pytest.approx(wanted, rel=2e-4)
-    assert np.allclose(learner.loss.center[0].numpy(), 0.9 * centre + 0.1 * taught.mean((0, 1)), atol=1e-5)
+    assert np.allclose(learner.loss.center[0].numpy(), 0.9 * centre + 0.1 * target.mean((0, 1)), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dino", "dinov2"])
@@ -390,7 +392,7 @@ def test_untied_heads() -> None:
 
 
 @pytest.mark.parametrize("kind", ["crop", "three", "large", "small"])
-def test_each_picture_has_draws_of_its_own(kind: str) -> None:
+def test_each_image_has_draws_of_its_own(kind: str) -> None:
     pixels = scenes.render(1, 32, seed=2).pixels.repeat(8, 1, 1, 1)
     torch.manual_seed(0)
     multi = augment.MultiCrop(32, OWN["dino"])
@@ -429,7 +431,7 @@ def test_kornia_does_what_torchvision_does() -> None:
 
 
 def test_three_augment_is_one_of_three() -> None:
-    """Without its crop and jitter, each picture is greyed, solarised or blurred, about a third each."""
+    """Without its crop and jitter, each image is greyed, solarised or blurred, about a third each."""
     pixels = scenes.render(90, 32, seed=2).pixels
     three = augment.ThreeAugment(32)
     three.place, three.jitter = nn.Identity(), nn.Identity()
@@ -459,7 +461,7 @@ def test_schedules_reach_the_optimiser() -> None:
     chosen = Recipe(
         "x", "", **{**SMALL, "steps": 100, "warmup": 10, "lr": 0.5}, weight_decay=0.04, weight_decay_end=0.4
     )
-    net = vits.build(chosen)
+    net = vit.build(chosen)
     optimizer = schedules.optimiser(net, chosen)
     seen = []
     for step in (0, 10, 50, 100):
@@ -495,15 +497,15 @@ def test_the_text_side_of_clip_is_enough_for_zero_shot() -> None:
     _, feed, learner = made("clip")
     batch = feed.held(24)
     side = learner.text_side()
-    cls = vits.encode(learner.vit, batch.pixels)[:, 0]
-    said = (F.normalize(cls @ side["project"].T, dim=1) @ side["prompts"].T).argmax(1)
-    assert learner.score(batch) == pytest.approx(float(batch.labels.gather(1, said[:, None]).float().mean()))
+    cls = vit.encode(learner.vit, batch.pixels)[:, 0]
+    predicted = (F.normalize(cls @ side["project"].T, dim=1) @ side["prompts"].T).argmax(1)
+    assert learner.score(batch) == pytest.approx(float(batch.labels.gather(1, predicted[:, None]).float().mean()))
 
 
 def test_the_zoo_keeps_the_text_side_of_clip_alone() -> None:
-    for name in backbones.zoo():
-        side = backbones.words(name)
-        assert (side is not None) == (backbones.card(name)["recipe"]["objective"] == "clip"), name
+    for name in registry.zoo():
+        side = registry.words(name)
+        assert (side is not None) == (registry.card(name)["recipe"]["objective"] == "clip"), name
         if side is not None:
             assert side["prompts"].shape == (len(scenes.CLASSES), side["project"].shape[0])
             assert close(side["prompts"].norm(dim=1), torch.ones(len(scenes.CLASSES)))

@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from tests.test_capture import close, make, pixels, states, unfused
-from vitregs import backbones, capture, discovery, images, results
-from vitregs.backbones import Backbone
-from vitregs.capture import hooks
-from vitregs.diagnose import diagnose
+from vitregs import arrays
+from vitregs.data import images
+from vitregs.errors import InputError
+from vitregs.measure import lost
+from vitregs.measure.diagnose import diagnose
+from vitregs.models import capture, registry
+from vitregs.models.backbone import Backbone
+from vitregs.models.capture import hooks
 from vitregs.probes import local
-from vitregs.problems import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:timm.layers", "ignore:Using a non-tuple sequence")
 
@@ -34,7 +37,9 @@ def test_all_measures_together_are_those_of_timm() -> None:
     for name in ("key", "value"):
         alone = capture.projections(bare, x, which=name)
         np.testing.assert_allclose(seen.qkv.sel(projection=name).isel(qkv_layer=0), alone, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(results.grid(seen.embeddings), results.grid(capture.stem(bare, x, batch=2)))
+    np.testing.assert_array_equal(
+        arrays.patch_maps(seen.embeddings), arrays.patch_maps(capture.patch_embeddings(bare, x, batch=2))
+    )
     assert seen.embeddings.isel(token=seen["kind"] != "patch").isnull().all()
     assert hooks(bare.net) == 0
 
@@ -71,14 +76,14 @@ def counted(bare: Backbone, source: images.Images, monkeypatch: pytest.MonkeyPat
     ("work", "batch"),
     [
         (lambda b, s: diagnose(b, s, batch=8), 8),
-        (lambda b, s: discovery.study(b, s, biases=(-0.5,)), 32),
-        (lambda b, s: discovery.projection_norms(b, s), 32),
+        (lambda b, s: lost.evaluate(b, s, biases=(-0.5,)), 32),
+        (lambda b, s: lost.projection_norms(b, s), 32),
         (lambda b, s: local.probe(b, s, batch=8), 8),
         (lambda b, s: capture.capture(b, s, norms=True, attention=["cls"], qkv=["key"], received=True, batch=8), 8),
     ],
 )
 def test_one_reading_and_one_forward_pass(work: Callable, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = backbones.load("dinov2-pico-reg4", device="cpu")
+    bare = registry.load("dinov2-pico-reg4", device="cpu")
     source = images.load("scenes", size=64, count=40)
     count = counted(bare, source, monkeypatch)
     work(bare, source)
@@ -91,7 +96,7 @@ def test_blocks_behind_the_deepest_layer_do_not_run(monkeypatch: pytest.MonkeyPa
     ran: list[int] = []
     for n, block in enumerate(bare.net.blocks, 1):
         block.register_forward_pre_hook(lambda _m, _x, n=n: ran.append(n))
-    capture.stem(bare, pixels(bare))
+    capture.patch_embeddings(bare, pixels(bare))
     capture.tokens(bare, pixels(bare), layer=2)
     assert [n for n in ran if n > 2] == []
     assert 2 in ran
@@ -142,14 +147,14 @@ def test_as_many_queries_as_tokens_are_exact() -> None:
     x = pixels(bare)
     all_ = capture.capture(bare, x, received=True, queries=29)
     assert all_.attrs["received"] == "exact"
-    np.testing.assert_array_equal(all_.received, capture.concentration(bare, x))
-    with pytest.raises(Problem, match="estimated from 4 queries or more, not 2"):
+    np.testing.assert_array_equal(all_.received, capture.attention_received(bare, x))
+    with pytest.raises(InputError, match="estimated from 4 queries or more, not 2"):
         capture.capture(bare, x, received=True, queries=2)
 
 
 def test_a_diagnosis_without_attention_keeps_its_norms() -> None:
     """Differential attention has two maps a block; the sink column is empty and the report says why."""
-    bare = backbones.random("vit_dwee_patch16_reg1_gap_256", depth=3)
+    bare = registry.random("vit_dwee_patch16_reg1_gap_256", depth=3)
     found = diagnose(bare, images.load("scenes", size=128, count=8), progress=False)
     assert found.norms.sizes["layer"] == 4
     assert found.layers["sink"].isna().all()
@@ -188,7 +193,7 @@ def test_too_little_memory_is_one_line(error: Exception, monkeypatch: pytest.Mon
         raise error
 
     monkeypatch.setattr(bare.net, "forward_features", fail)
-    with pytest.raises(Problem, match="out of memory with 3 images of 56x84 at a time: lower --batch or --size"):
+    with pytest.raises(InputError, match="out of memory with 3 images of 56x84 at a time: lower --batch or --size"):
         capture.norms(bare, pixels(bare))
 
 
@@ -205,11 +210,11 @@ def test_norms_of_half_precision_do_not_overflow() -> None:
     assert np.abs(brief / whole - 1).max() > 0  # another arithmetic, indeed
     bare.net.half()
     assert np.abs(capture.norms(bare, x) / whole - 1).max() < 0.01
-    with pytest.raises(Problem, match="unknown precision 'bfloat'"):
+    with pytest.raises(InputError, match="unknown precision 'bfloat'"):
         capture.capture(bare, x, norms=True, precision="bfloat")
 
 
 def test_nothing_asked_for_is_a_problem() -> None:
     bare = make("vit_small_patch14_dinov2")
-    with pytest.raises(Problem, match="nothing is asked for"):
+    with pytest.raises(InputError, match="nothing is asked for"):
         capture.capture(bare, pixels(bare))

@@ -21,9 +21,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vitregs
-from vitregs import chapters, claims, cli, problems, results
+from vitregs import cli, errors, paths
+from vitregs.book import execute, parameters
+from vitregs.claims import ledger, scoreboard
 
-ROOT = results.ROOT
+ROOT = paths.ROOT
 LIBRARY = ROOT / "lib" / "vitregs"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROOMS = [
@@ -96,7 +98,7 @@ ROOMS = [
     "chapters",
     "cli",
 ]
-PACKAGE = r"## The rooms of `([a-z]+)/`"
+PACKAGE = r"## The modules of `([a-z]+)/`"
 TRAINING = "vitregs.pretrain."  # modules that may need the packages of the extra `train`
 EXTRAS = ("book", "train", "hub", "test")
 
@@ -181,9 +183,9 @@ def test_the_command_is_installed() -> None:
 
 def test_errors_name_the_extras_of_the_package() -> None:
     listed = PROJECT["project"]["optional-dependencies"]
-    assert set(problems.EXTRAS) == set(EXTRAS) - {"test"}
+    assert set(errors.EXTRAS) == set(EXTRAS) - {"test"}
     brought = {"jupyter-client", "nbclient", "ipython"}  # by papermill and ipykernel
-    for name, packages in problems.EXTRAS.items():
+    for name, packages in errors.EXTRAS.items():
         names = {canonicalize_name({"open_clip": "open_clip_torch"}.get(p, p)) for p in packages}
         assert names - brought <= {canonicalize_name(Requirement(line).name) for line in listed[name]}
 
@@ -209,19 +211,21 @@ print(json.dumps([said, [n for n in blocked if sys.modules[n]]]))
 
 def test_the_core_imports_without_extras(tmp_path: Path) -> None:
     """With the packages of all extras hidden: every module but those that train; commands name the extra in one line."""
-    brought = [p for packages in problems.EXTRAS.values() for p in packages]
+    brought = [p for packages in errors.EXTRAS.values() for p in packages]
     hidden = [*brought, "nbformat", "jupyter_book"]
     (tmp_path / "a.parquet").touch()
     command = [sys.executable, "-c", ALONE, ",".join(hidden), "a.parquet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said, loaded = json.loads(done.stdout.splitlines()[-1])
+    predicted, loaded = json.loads(done.stdout.splitlines()[-1])
     assert loaded == []
-    codes = [said.pop(name) for name in ("train", "run", "diagnose")]
+    codes = [predicted.pop(name) for name in ("train", "run", "diagnose")]
     assert codes == [2, 2, 2]
-    assert said
-    assert set(said.values()) == {"Problem: training needs more packages: pip install 'vitregs[train]'"}
-    assert not [name for name in said if not name.startswith(TRAINING)], "a module outside training needs its packages"
+    assert predicted
+    assert set(predicted.values()) == {"Problem: training needs more packages: pip install 'vitregs[train]'"}
+    assert not [name for name in predicted if not name.startswith(TRAINING)], (
+        "a module outside training needs its packages"
+    )
     assert done.stderr.splitlines() == [
         "vitregs: training needs more packages: pip install 'vitregs[train]'",
         "vitregs: running a chapter needs more packages: pip install 'vitregs[book]'",
@@ -267,9 +271,9 @@ assert [main(["models", "mae"]), main(["scoreboard"]), main(["--version"]), main
     done = outside(installed, tmp_path, code)
     assert (done.returncode, done.stderr) == (0, "")
     first = done.stdout.splitlines()[0].split("|")
-    assert first == ["zoo, supervised", str(len(claims.ledger())), str(chapters.names()), "unknown", "build"]
+    assert first == ["zoo, supervised", str(len(ledger.ledger())), str(parameters.names()), "unknown", "build"]
     assert "  mae-pico-reg4\n" in done.stdout
-    assert claims.listing(claims.scoreboard(claims.RESULTS)) in done.stdout
+    assert scoreboard.listing(scoreboard.table(ledger.RESULTS)) in done.stdout
     assert (installed / "vitregs" / "py.typed").is_file()
     assert list(tmp_path.iterdir()) == []
 
@@ -316,9 +320,11 @@ def test_workflows_and_guide_use_what_is_there() -> None:
     texts_ = [s.get("run", "") for s in steps()] + [f.read_text() for f in guide]
     named = {n for text in texts_ for n in re.findall(r"\bmake ([a-z]+)", text)}
     assert {"test", "book", "notebooks"} <= named <= there
-    words = [c for text in texts_ for c in re.findall(r"\bvitregs ([a-z]+)", text.replace("clone ADDRESS vitregs", ""))]
-    assert words
-    assert set(words) <= set(cli.COMMANDS)
+    message = [
+        c for text in texts_ for c in re.findall(r"\bvitregs ([a-z]+)", text.replace("clone ADDRESS vitregs", ""))
+    ]
+    assert message
+    assert set(message) <= set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("form", ["bug", "my_vit", "chapter"])
@@ -345,7 +351,7 @@ def test_citation_and_changelog_name_this_version() -> None:
     assert heads[1] == (made["version"], made["date-released"])
 
 
-# --- rooms
+# --- modules
 
 
 def imports(file: Path) -> tuple[set[str], set[str]]:
@@ -368,18 +374,18 @@ def imports(file: Path) -> tuple[set[str], set[str]]:
     return every, early
 
 
-def room(file: Path) -> str:
+def module_name(file: Path) -> str:
     return ".".join(file.relative_to(LIBRARY).with_suffix("").parts)
 
 
 @cache
 def modules() -> dict[str, Path]:
-    return {room(f): f for f in sorted(LIBRARY.rglob("*.py")) if f.name != "__init__.py"}
+    return {module_name(f): f for f in sorted(LIBRARY.rglob("*.py")) if f.name != "__init__.py"}
 
 
-def test_every_module_has_its_room() -> None:
+def test_every_module_has_its_modules() -> None:
     assert modules().keys() == set(ROOMS)
-    for file in LIBRARY.rglob("__init__.py"):  # a package may show what its own rooms hold, and no more
+    for file in LIBRARY.rglob("__init__.py"):  # a package may show what its own modules hold, and no more
         own = f"vitregs.{file.parent.name}."
         assert not [n for n in imports(file)[0] if n.startswith("vitregs") and not n.startswith(own)]
 
@@ -391,7 +397,7 @@ def test_imports_go_one_way(name: str) -> None:
     assert used <= set(above)
 
 
-def test_the_map_shows_the_rooms_in_order() -> None:
+def test_the_map_shows_the_modules_in_order() -> None:
     page = (ROOT / "ARCHITECTURE.md").read_text()
     shown = {}
     for title, part in zip(["", *re.findall(PACKAGE, page)], re.split(PACKAGE.replace("(", "(?:"), page), strict=True):
@@ -405,7 +411,7 @@ def test_the_map_shows_the_rooms_in_order() -> None:
     assert shown == inner
 
 
-def test_rooms_without_torch() -> None:
+def test_modules_without_torch() -> None:
     names = ("problems", "results", "artifacts", "cutoffs", "resize", "published")
     for name in names:
         assert not {n for n in imports(modules()[name])[0] if n.split(".")[0] in ("torch", "timm", "torchvision")}
@@ -414,7 +420,7 @@ def test_rooms_without_torch() -> None:
     assert done.stdout == "False\n"
 
 
-def test_one_room_has_hooks() -> None:
+def test_one_modules_has_hooks() -> None:
     hooked = [n for n, f in modules().items() if re.search(r"register_\w*hook|TorchFunctionMode", f.read_text("utf-8"))]
     assert hooked == ["capture"]
 
@@ -430,8 +436,8 @@ def test_a_module_says_what_it_is_for(name: str) -> None:
 @cache
 def tracked() -> list[Path]:
     try:
-        words = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        done = subprocess.run(words, capture_output=True, check=True)
+        message = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        done = subprocess.run(message, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this is no git checkout: the list of its files is not known")
     names = [n for n in done.stdout.decode().split("\0") if n]
@@ -506,4 +512,4 @@ def test_the_notebook_hook_sees_traces_of_a_run(tmp_path: Path) -> None:
     assert verdict(book) == 0
     book.cells[0].metadata["papermill"] = {"duration": 1.0}
     assert verdict(book) == 1
-    assert verdict(nbformat.from_dict(json.loads(chapters.tidy(nbformat.writes(book))))) == 0
+    assert verdict(nbformat.from_dict(json.loads(execute.tidy(nbformat.writes(book))))) == 0

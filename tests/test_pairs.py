@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from vitregs import backbones
-from vitregs.pairs import register_pairs
+from vitregs.models import registry
+from vitregs.models.pairs import register_pairs
 
 
 def test_every_pair_of_the_zoo_and_no_other() -> None:
-    found = register_pairs(backbones.zoo())
+    found = register_pairs(registry.zoo())
     assert ("clip-pico-seed1", "clip-pico-reg4-seed1") in found
     assert {b for a, b in found if a == "clip-pico"} == {f"clip-pico-reg{n}" for n in (1, 2, 4, 8, 16)}
     for plain, with_ in found:
-        a, b = (backbones.card(name)["recipe"] for name in (plain, with_))
+        a, b = (registry.card(name)["recipe"] for name in (plain, with_))
         assert {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} == {"name", "registers"}
         assert a["registers"] == 0 < b["registers"]
-    alone = {n for n in backbones.zoo() if "-reg" in n} - {b for _, b in found}
+    alone = {n for n in registry.zoo() if "-reg" in n} - {b for _, b in found}
     assert alone == set()  # all networks with registers have their partner here
 
 
@@ -42,7 +42,7 @@ def test_published_networks_pair_by_architecture_and_weights() -> None:
 
 
 def test_other_settings_or_other_images_part_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "ZOO", tmp_path)
+    monkeypatch.setattr(registry, "ZOO", tmp_path)
 
     def entry(name: str, registers: int, fingerprint: str | None = None, **settings: object) -> None:
         recipe = {"name": name, "registers": registers, "seed": 0, "lr": 0.1, "data": "here", **settings}

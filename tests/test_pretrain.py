@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from vitregs import backbones, images, results, scenes
-from vitregs.pretrain import cards, feeds, history, loop, objectives, schedules, scores, vits
-from vitregs.pretrain.recipe import OBJECTIVES, Mae, Recipe, parse
-from vitregs.pretrain.recipes import RECIPES, WANTED, command, recipe
-from vitregs.problems import Problem
+from vitregs import cache
+from vitregs.data import images, scenes
+from vitregs.errors import InputError
+from vitregs.models import registry
+from vitregs.train import data, evaluation, export, learners, loop, monitor, schedules, vit
+from vitregs.train.config import OBJECTIVES, Mae, Recipe, parse
+from vitregs.train.recipes import RECIPES, WANTED, command, recipe
 
 TINY = recipe("supervised-pico").override(
     name="tiny", steps=12, batch=2, image_size=32, patch_size=8, precision="fp32", warmup=3
@@ -42,7 +44,7 @@ def little_to_watch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in FEW.items():
             patch.setattr(loop, name, value)
-        patch.setattr(scores, "PROBED", 48)
+        patch.setattr(evaluation, "PROBED", 48)
         yield
 
 
@@ -55,7 +57,7 @@ def train(chosen: Recipe, out: Path, report: Callable[[str], None] = silent, eve
 
 
 def problem(call, *args: object, **kw: object) -> str:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(InputError) as caught:
         call(*args, **kw)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -67,7 +69,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def log(out: Path) -> xr.Dataset:
     """The history of a run, without the clock."""
-    return results.load(out / "history.nc").drop_vars(["seconds", "watching"]).drop_attrs()
+    return cache.load_dataset(out / "history.nc").drop_vars(["seconds", "watching"]).drop_attrs()
 
 
 def same(one: Path, two: Path) -> None:
@@ -91,7 +93,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"size": "pica"}, "did you mean 'pico'"),
         ({"objective": "supervized"}, "did you mean 'supervised'"),
@@ -101,14 +103,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ({"objective": "clip", "batch": 1}, "clip needs a batch of 2 or more"),
         ({"objective": "clip", "text_width": 65}, "text_width 65 is not a multiple"),
         ({"objective": "dino", "local_size": 20}, "local size 20 is not a multiple of the patch size 8"),
-        ({"objective": "dino", "local_size": 40}, "local size 40 is larger than the picture (32)"),
+        ({"objective": "dino", "local_size": 40}, "local size 40 is larger than the image (32)"),
         ({"objective": "dino", "local_crops": -1}, "local_crops must be 0 or more"),
         ({"objective": "dino", "momentum": 1.5}, "momentum must lie within 0 to 1, not 1.5"),
         ({"objective": "dino", "teacher_temp": 0.0}, "teacher_temp must be positive"),
         ({"objective": "dino", "masked": 0.5}, "unknown recipe setting 'masked'"),
         ({"objective": "dinov2", "image_size": 16, "local_size": 8}, "of 4 patches is none"),
         ({"objective": "dinov2", "masked_least": 0.6}, "masked_least 0.6 is above masked_most 0.5"),
-        ({"objective": "dinov2", "batch": 1, "masked_pictures": 0.1}, "leaves no masked picture"),
+        ({"objective": "dinov2", "batch": 1, "masked_pictures": 0.1}, "leaves no masked image"),
         ({"objective": "clip", "pool": "avg"}, "clip reads the CLS token"),
         ({"loss": "mse"}, "unknown loss 'mse'"),
         ({"beta2": 1.0}, "beta2 must be below 1"),
@@ -134,13 +136,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ({"step": 3}, "unknown recipe setting 'step': did you mean 'steps'"),
     ],
 )
-def test_recipes_that_make_no_sense(change: dict, says: str) -> None:
-    assert says in problem(TINY.override, **change)
+def test_recipes_that_make_no_sense(change: dict, message: str) -> None:
+    assert message in problem(TINY.override, **change)
 
 
 def test_settings_in_words() -> None:
-    words = ["steps=7", "lr=5e-4", "precision=bf16", "layer_scale=1e-4", "registers=2"]
-    made = parse(TINY, words)
+    message = ["steps=7", "lr=5e-4", "precision=bf16", "layer_scale=1e-4", "registers=2"]
+    made = parse(TINY, message)
     assert made.name == "tiny-steps7-lr0.0005-precisionbf16-layer_scale0.0001-reg2"  # a folder of its own
     assert (made.steps, made.lr, made.precision, made.layer_scale, made.registers) == (7, 5e-4, "bf16", 1e-4, 2)
     assert parse(made, ["layer_scale=none"]).layer_scale is None
@@ -182,7 +184,7 @@ def test_pairs_differ_in_their_registers_alone(name: str) -> None:
     differ = {k for k, v in plain.facts().items() if with_registers.facts()[k] != v}
     assert differ == {"name", "registers"}
     assert (plain.registers, with_registers.registers) == (0, 4)
-    nets = [vits.build(r.override(size="femto")).state_dict() for r in (plain, with_registers)]
+    nets = [vit.build(r.override(size="femto")).state_dict() for r in (plain, with_registers)]
     assert nets[1].pop("reg_token").shape == (1, 4, 32)
     assert nets[0].keys() == nets[1].keys()
     assert [k for k in nets[0] if not torch.equal(nets[0][k], nets[1][k])] == []
@@ -211,7 +213,7 @@ def test_learning_rate_is_always_usable(steps: int, warmup: int, part: float) ->
 
 
 def test_weight_decay_is_for_matrices() -> None:
-    net = vits.build(TINY.override(registers=2, layer_scale=1e-4), 64)
+    net = vit.build(TINY.override(registers=2, layer_scale=1e-4), 64)
     decaying, free = schedules.optimiser(net, TINY).param_groups
     name = {id(p): n for n, p in net.named_parameters()}
     kinds = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -226,11 +228,11 @@ def test_weight_decay_is_for_matrices() -> None:
 
 def test_first_step_is_adamw_by_hand(tmp_path: Path) -> None:
     chosen = TINY.override(steps=1, weight_decay=0.5, registers=2, clip=0.05)
-    learner = objectives.learner(chosen, feeds.make(chosen, CPU))
+    learner = learners.learner(chosen, data.make(chosen, CPU))
     net = learner.vit
     before = {k: v.detach().double() for k, v in net.named_parameters()}
     seen = scenes.render(2, 32, seed=0, first=0, difficulty=chosen.difficulty)
-    batch = feeds.Batch(seen.pixels, seen.label, seen.labels)
+    batch = data.Batch(seen.pixels, seen.label, seen.labels)
     x = net((seen.pixels - 0.42) / 0.25)
     entropy = x.clamp(min=0) - x * seen.labels + torch.log1p(torch.exp(-x.abs()))  # written out
     loss = learner(batch)
@@ -258,8 +260,8 @@ def test_loss_falls(tmp_path: Path) -> None:
 
 
 def test_when_it_looks() -> None:
-    assert [s for s in range(101) if history.due(s, 100, 40)] == [0, 16, 32, 40, 64, 80, 100]
-    assert history.due(3, 3, 500)
+    assert [s for s in range(101) if monitor.due(s, 100, 40)] == [0, 16, 32, 40, 64, 80, 100]
+    assert monitor.due(3, 3, 500)
 
 
 # --- resumption
@@ -294,9 +296,9 @@ def test_interrupted_training_ends_in_the_same_weights(
         with pytest.raises(KeyboardInterrupt):
             train(chosen, tmp_path / "run")
     assert not (tmp_path / "run" / "weights.safetensors").exists()
-    told: list[str] = []
-    same(train(chosen, tmp_path / "run", told.append), whole[precision])
-    assert len(told) < 4  # it went on, and did not start anew
+    lines: list[str] = []
+    same(train(chosen, tmp_path / "run", lines.append), whole[precision])
+    assert len(lines) < 4  # it went on, and did not start anew
 
 
 def test_interrupted_twice_and_finished_twice(whole: dict[str, Path], tmp_path: Path) -> None:
@@ -307,9 +309,9 @@ def test_interrupted_twice_and_finished_twice(whole: dict[str, Path], tmp_path: 
                 train(TINY, tmp_path / "run")
     same(train(TINY, tmp_path / "run"), whole["fp32"])
     before = (tmp_path / "run" / "weights.safetensors").read_bytes()
-    told: list[str] = []
-    same(train(TINY, tmp_path / "run", told.append), whole["fp32"])
-    assert told == []  # nothing was left to do
+    lines: list[str] = []
+    same(train(TINY, tmp_path / "run", lines.append), whole["fp32"])
+    assert lines == []  # nothing was left to do
     assert (tmp_path / "run" / "weights.safetensors").read_bytes() == before
 
 
@@ -360,13 +362,13 @@ def test_a_training_that_is_killed_ends_in_the_same_weights(whole: dict[str, Pat
 
 
 def test_a_run_that_is_stopped_in_time(whole: dict[str, Path], tmp_path: Path) -> None:
-    told: list[str] = []
-    assert train(TINY, tmp_path / "run", told.append, minutes=1e-9) is None
-    assert "stopped in time at step 1" in told[-1]
+    lines: list[str] = []
+    assert train(TINY, tmp_path / "run", lines.append, minutes=1e-9) is None
+    assert "stopped in time at step 1" in lines[-1]
     assert not (tmp_path / "run" / "weights.safetensors").exists()
     for step in (2, 3, 4):  # a step each time
-        assert train(TINY, tmp_path / "run", told.append, minutes=1e-9) is None
-        assert f"stopped in time at step {step}" in told[-1]
+        assert train(TINY, tmp_path / "run", lines.append, minutes=1e-9) is None
+        assert f"stopped in time at step {step}" in lines[-1]
     same(train(TINY, tmp_path / "run"), whole["fp32"])
 
 
@@ -401,16 +403,16 @@ def test_a_signal_keeps_what_was_learned(
         [sys.executable, "-W", "ignore", "-c", ASKED, str(out), str(torch.get_num_threads())],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as child:  # fmt: skip
-        for words in child.stdout:
-            if words.startswith("at step 6"):
+        for message in child.stdout:
+            if message.startswith("at step 6"):
                 break
         child.send_signal(number)
         _, errors = child.communicate("\n")
     assert child.returncode == code, errors
-    said = [words for words in errors.splitlines() if words.startswith("vitregs:")]
-    assert len(said) == 1
-    assert "tiny stopped at step 7 of 12" in said[0]
-    assert "the same command goes on" in said[0]
+    predicted = [message for message in errors.splitlines() if message.startswith("vitregs:")]
+    assert len(predicted) == 1
+    assert "tiny stopped at step 7 of 12" in predicted[0]
+    assert "the same command goes on" in predicted[0]
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 7
     assert not (out / "weights.safetensors").exists()
     same(train(TINY, out), whole["fp32"])
@@ -482,16 +484,16 @@ def test_a_disk_that_really_refuses(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        says = problem(train, TINY, tmp_path / "run")
+        message = problem(train, TINY, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot write" in says
+    assert "cannot write" in message
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_loss_that_explodes(tmp_path: Path) -> None:
-    says = problem(train, TINY.override(lr=1e30, warmup=1), tmp_path / "run")
-    assert "not finite" in says
+    message = problem(train, TINY.override(lr=1e30, warmup=1), tmp_path / "run")
+    assert "not finite" in message
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 0
     assert not (tmp_path / "run" / "weights.safetensors").exists()
 
@@ -506,8 +508,8 @@ def test_too_little_memory_on_the_device(tmp_path: Path, monkeypatch: pytest.Mon
         real(*args)
 
     monkeypatch.setattr(schedules, "apply", apply)
-    says = problem(train, TINY, tmp_path / "run")
-    assert says == "the device has too little memory for tiny: lower batch (2), or size (pico)"
+    message = problem(train, TINY, tmp_path / "run")
+    assert message == "the device has too little memory for tiny: lower batch (2), or size (pico)"
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
 
 
@@ -543,7 +545,7 @@ def test_images_without_labels_still_give_weights(tmp_path: Path, nested: bool) 
     card = json.loads((out / "recipe.json").read_text())
     assert card["linear"] == card["linear_untrained"] == {}
     assert card["knn"] is None
-    why = "all pictures have the same label" if nested else "0 of 64 held-out images have a label"
+    why = "all images have the same label" if nested else "0 of 64 held-out images have a label"
     assert why in card["left_out"]["label"]
     page = (out / "README.md").read_text()
     assert f"There is no linear score of label: {why}" in page
@@ -554,7 +556,7 @@ def test_a_score_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch: pyte
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
 
-    monkeypatch.setattr(scores, "linear", full)
+    monkeypatch.setattr(evaluation, "linear", full)
     out = train(TINY.override(steps=1), tmp_path / "run")
     card = json.loads((out / "recipe.json").read_text())
     assert card["left_out"] == dict.fromkeys(("colour", "shape"), "CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -562,11 +564,11 @@ def test_a_score_that_fails_costs_nothing_else(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_card_names_the_images_and_the_command(tmp_path: Path) -> None:
-    mine, words = own_images(tmp_path / "my images"), ["size=femto", "image_size=16", "batch=4", "steps=1"]
-    chosen = parse(recipe("mae-pico-reg2"), words)
+    mine, message = own_images(tmp_path / "my images"), ["size=femto", "image_size=16", "batch=4", "steps=1"]
+    chosen = parse(recipe("mae-pico-reg2"), message)
     out = train(chosen, tmp_path / "run", images=str(mine))
     card = json.loads((out / "recipe.json").read_text())
-    assert card["command"] == f"vitregs train mae-pico-reg2 {' '.join(words)} --images '{mine}'"
+    assert card["command"] == f"vitregs train mae-pico-reg2 {' '.join(message)} --images '{mine}'"
     assert card["recipe"]["data"] == str(mine)
     seen = images.load(str(mine), size=16).source
     assert card["images"] == {"trained": 36, "fingerprint": seen.fingerprint}
@@ -576,8 +578,8 @@ def test_the_card_names_the_images_and_the_command(tmp_path: Path) -> None:
     assert seen.fingerprint in page
     assert "scenes" not in page
     others = own_images(tmp_path / "others", side=24)
-    told = problem(train, chosen, tmp_path / "run", images=str(others))
-    assert "belongs to another recipe (other images)" in told
+    lines = problem(train, chosen, tmp_path / "run", images=str(others))
+    assert "belongs to another recipe (other images)" in lines
     mine.rename(tmp_path / "moved")  # the same images at another place: the run is done already
     train(chosen, tmp_path / "run", images=str(tmp_path / "moved"))
 
@@ -586,9 +588,9 @@ def test_commands_give_the_recipe_back() -> None:
     for name in ("mae-pico", "clip-pico-reg4-seed1"):
         assert command(recipe(name)) == f"vitregs train {name}"
     chosen = parse(recipe("dino-pico"), ["steps=7", "lr=1e-05", "layer_scale=1e-4", "patch_norm=true", "momentum=0.9"])
-    words = command(chosen).split()
-    assert words[:3] == ["vitregs", "train", "dino-pico"]
-    assert parse(recipe(words[2]), words[3:]) == chosen
+    message = command(chosen).split()
+    assert message[:3] == ["vitregs", "train", "dino-pico"]
+    assert parse(recipe(message[2]), message[3:]) == chosen
     assert command(TINY) is None  # its name is no recipe's
     assert command(recipe("mae-pico").override(data="a b")) == "vitregs train mae-pico --images 'a b'"
 
@@ -602,7 +604,7 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_history(whole: dict[str, Path]) -> None:
-    found = results.load(whole["fp32"] / "history.nc")
+    found = cache.load_dataset(whole["fp32"] / "history.nc")
     assert dict(found.sizes) == {"step": 4, "layer": 9, "bin": 200, "block": 8, "kind": 3}
     assert found["step"].values.tolist() == [0, 4, 8, 12]
     assert found["layer"].values.tolist() == list(range(9))
@@ -611,7 +613,7 @@ def test_history(whole: dict[str, Path]) -> None:
     plain = ("loss", "accuracy", "knn", "seconds", "watching")
     assert {k: v.dims for k, v in found.data_vars.items() if k not in plain} == {
         "hist": ("step", "layer", "bin"),
-        **dict.fromkeys(history.BY_LAYER, ("step", "layer")),
+        **dict.fromkeys(monitor.BY_LAYER, ("step", "layer")),
         "sink": ("step", "block", "kind"),
     }
     assert (found["hist"].sum("bin") == 16 * WATCHED).all()
@@ -635,12 +637,12 @@ def test_a_published_run_loads_as_a_model(tmp_path: Path, monkeypatch: pytest.Mo
         "weights.safetensors",
     ]
     assert {p.stat().st_mode & 0o777 for p in out.iterdir()} == {0o644}  # for others too
-    monkeypatch.setattr(backbones, "ZOO", tmp_path / "zoo")
-    assert backbones.zoo() == ["tiny-reg"]
-    loaded = backbones.load("tiny-reg", device="cpu")
+    monkeypatch.setattr(registry, "ZOO", tmp_path / "zoo")
+    assert registry.zoo() == ["tiny-reg"]
+    loaded = registry.load("tiny-reg", device="cpu")
     assert (loaded.registers, loaded.has_cls, loaded.size, loaded.patch_size) == (3, True, (32, 32), (8, 8))
-    assert backbones.history("tiny-reg").sizes["step"] == 2
-    net = vits.build(chosen, 64)
+    assert registry.history("tiny-reg").sizes["step"] == 2
+    net = vit.build(chosen, 64)
     state = torch.load(out / "checkpoint.pt", weights_only=True)["learner"]
     net.load_state_dict({k.removeprefix("vit."): v for k, v in state.items()})
     net.eval()
@@ -652,13 +654,13 @@ def test_a_published_run_loads_as_a_model(tmp_path: Path, monkeypatch: pytest.Mo
 def test_score_counts_any_class_in_view() -> None:
     seen = scenes.render(70, 32, seed=5)
     chosen = TINY.override(size="femto")
-    learner = objectives.learner(chosen, feeds.make(chosen, CPU))
+    learner = learners.learner(chosen, data.make(chosen, CPU))
     right, wrong = seen.labels.int().argmax(1), (~seen.labels).int().argmax(1)
-    said = F.one_hot(torch.where(torch.arange(70) < 35, right, wrong), 64).float()
-    given = iter(said.split(64))
+    predicted = F.one_hot(torch.where(torch.arange(70) < 35, right, wrong), 64).float()
+    given = iter(predicted.split(64))
     learner.vit.forward = lambda _x: next(given)  # names a class in view for the first half, another for the rest
     shown = seen.labels.any(1)[:35].sum()
-    found = learner.score(feeds.Batch(seen.pixels, seen.label, seen.labels))
+    found = learner.score(data.Batch(seen.pixels, seen.label, seen.labels))
     assert found == pytest.approx(float(shown) / 70)
 
 
@@ -675,18 +677,18 @@ def test_the_report_says_how_it_stands() -> None:
 # --- the zoo
 
 
-@pytest.mark.parametrize("name", backbones.zoo())
+@pytest.mark.parametrize("name", registry.zoo())
 def test_a_zoo_entry_is_what_its_card_says(name: str) -> None:
-    folder = backbones.ZOO / name
-    rest = {p.name for p in folder.iterdir()} - {p.name for p in cards.files(folder)}
-    assert rest - {cards.WORDS} == {"README.md", "history.nc", "recipe.json"}
-    assert max(p.stat().st_size for p in cards.files(folder)) <= 16e6
+    folder = registry.ZOO / name
+    rest = {p.name for p in folder.iterdir()} - {p.name for p in export.files(folder)}
+    assert rest - {export.WORDS} == {"README.md", "history.nc", "recipe.json"}
+    assert max(p.stat().st_size for p in export.files(folder)) <= 16e6
     card = json.loads((folder / "recipe.json").read_text())
-    assert card["weights"] == results.file_hash(*cards.files(folder))
+    assert card["weights"] == cache.file_hash(*export.files(folder))
     facts = json.loads(json.dumps(recipe(name).facts()))
     assert card["recipe"] == {k: facts[k] for k in card["recipe"]}  # settings that came later have their old meaning
-    assert (folder / "README.md").read_text() == cards.describe(card, results.load(folder / "history.nc"))
-    backbone = backbones.load(name, device="cpu")
+    assert (folder / "README.md").read_text() == export.describe(card, cache.load_dataset(folder / "history.nc"))
+    backbone = registry.load(name, device="cpu")
     assert (backbone.registers, backbone.size) == (recipe(name).registers, (recipe(name).image_size,) * 2)
     if card["recipe"]["objective"] == "supervised" and recipe(name).data == "scenes":
         held = scenes.render(
@@ -697,15 +699,15 @@ def test_a_zoo_entry_is_what_its_card_says(name: str) -> None:
         assert accuracy == pytest.approx(card["accuracy"], abs=0.02)
 
 
-@pytest.mark.parametrize("name", backbones.zoo())
+@pytest.mark.parametrize("name", registry.zoo())
 def test_a_zoo_entry_has_its_history(name: str) -> None:
-    found, chosen = backbones.history(name), recipe(name)
+    found, chosen = registry.history(name), recipe(name)
     patches = (chosen.image_size // chosen.patch_size) ** 2
     assert (found["hist"].sum("bin") == patches * 64).all()
     assert found["step"].values[0] == 0
     assert (np.diff(found["step"]) > 0).all()
     assert found["step"].values[-1] <= chosen.steps
-    card = json.loads((backbones.ZOO / name / "recipe.json").read_text())
+    card = json.loads((registry.ZOO / name / "recipe.json").read_text())
     for name in ("accuracy", "knn"):
         value = card.get(name)  # the first pair was not asked for k-NN
         if value is None:
@@ -716,5 +718,5 @@ def test_a_zoo_entry_has_its_history(name: str) -> None:
 
 
 def test_the_zoo_is_small() -> None:
-    assert len(backbones.zoo()) >= 2
-    assert sum(p.stat().st_size for p in backbones.ZOO.rglob("*") if p.is_file()) < 150e6
+    assert len(registry.zoo()) >= 2
+    assert sum(p.stat().st_size for p in registry.ZOO.rglob("*") if p.is_file()) < 150e6

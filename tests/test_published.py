@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from vitregs import published
-from vitregs.problems import Problem
+from vitregs.data import published
+from vitregs.errors import InputError
 
 FILES = ("claims", "fig11", "fig12", "norms", "peers", "register_norms", "small_models", "tables")
 NUMBERS = {
@@ -182,7 +182,7 @@ def test_value_matches_empty_cells() -> None:
     ],
 )
 def test_value_says_what_is_wrong(name: str, where: dict[str, object], message: str) -> None:
-    with pytest.raises(Problem, match=message):
+    with pytest.raises(InputError, match=message):
         published.value(name, **where)  # type: ignore[arg-type]
 
 
@@ -197,5 +197,5 @@ def test_value_says_what_is_wrong(name: str, where: dict[str, object], message: 
 )
 def test_table_refuses_broken_files(tmp_path, text: str, message: str) -> None:
     (tmp_path / "broken.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(Problem, match=message):
+    with pytest.raises(InputError, match=message):
         published.table("broken", tmp_path)

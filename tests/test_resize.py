@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitregs import published
-from vitregs.resize import gradient
+from vitregs.data import published
+from vitregs.measure.position_gradient import gradient
 
 
 def autograd(old: int, new: int, antialias: bool, scale: float | None) -> np.ndarray:

@@ -14,8 +14,8 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitregs import results
-from vitregs.problems import Problem, unknown
+from vitregs import arrays, cache, paths
+from vitregs.errors import InputError, unknown
 
 KEY = {"model": "pico", "images": 4}
 
@@ -31,7 +31,7 @@ def dataset(value: float = 1.5) -> xr.Dataset:
             "seen": ("image", [True, False]),
             "single": 3.25,
         },
-        coords={"image": ["a", "b"], **results.token_coords(kinds, (2, 3))},
+        coords={"image": ["a", "b"], **arrays.token_coords(kinds, (2, 3))},
         attrs={"note": "of a test", "share": 0.5},
     )
 
@@ -46,7 +46,7 @@ class Counter:
 
 
 def problem(call, *args: object, **kw: object) -> str:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(InputError) as caught:
         call(*args, **kw)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -56,21 +56,21 @@ def problem(call, *args: object, **kw: object) -> str:
 
 
 def test_token_coords() -> None:
-    coords = results.token_coords(["cls", "distillation", "register", "register", *["patch"] * 6], (2, 3))
+    coords = arrays.token_coords(["cls", "distillation", "register", "register", *["patch"] * 6], (2, 3))
     assert {d for d, _ in coords.values()} == {"token"}
     get = {k: list(v) for k, (_, v) in coords.items()}
     assert get["kind"] == ["cls", "distillation"] + ["register"] * 2 + ["patch"] * 6
     assert get["label"] == ["cls", "dist", "reg0", "reg1", "0,0", "0,1", "0,2", "1,0", "1,1", "1,2"]
     assert get["y"] == [-1] * 4 + [0, 0, 0, 1, 1, 1]
     assert get["x"] == [-1] * 4 + [0, 1, 2, 0, 1, 2]
-    assert results.token_coords(["patch"], (1, 1), "query")["kind"][0] == "query"
+    assert arrays.token_coords(["patch"], (1, 1), "query")["kind"][0] == "query"
 
 
 def test_token_coords_that_do_not_fit() -> None:
-    assert "5 patch tokens do not fill a grid of 2x3" in problem(results.token_coords, ["patch"] * 5, (2, 3))
-    assert "0 patch tokens do not fill a grid of 1x1" in problem(results.token_coords, [], (1, 1))
-    assert "did you mean 'register'" in problem(results.token_coords, ["registers", "patch"], (1, 1))
-    many = results.token_coords(["cls"] * 4 + ["patch"], (1, 1))
+    assert "5 patch tokens do not fill a grid of 2x3" in problem(arrays.token_coords, ["patch"] * 5, (2, 3))
+    assert "0 patch tokens do not fill a grid of 1x1" in problem(arrays.token_coords, [], (1, 1))
+    assert "did you mean 'register'" in problem(arrays.token_coords, ["registers", "patch"], (1, 1))
+    many = arrays.token_coords(["cls"] * 4 + ["patch"], (1, 1))
     assert len(set(many["label"][1])) == 5
 
 
@@ -81,11 +81,11 @@ def test_grid_round_trip(rows: int, columns: int, prefix: int, lead: int) -> Non
     array = xr.DataArray(
         values,
         dims=("image", "token", "channel"),
-        coords={"image": np.arange(lead) + 7, "model": "m", **results.token_coords(kinds, (rows, columns))},
+        coords={"image": np.arange(lead) + 7, "model": "m", **arrays.token_coords(kinds, (rows, columns))},
         attrs={"unit": "none"},
         name="state",
     )
-    maps = results.grid(array)
+    maps = arrays.patch_maps(array)
     assert maps.dims == ("image", "channel", "y", "x")
     assert maps.attrs == array.attrs
     assert maps.name == "state"
@@ -101,9 +101,9 @@ def test_grid_round_trip(rows: int, columns: int, prefix: int, lead: int) -> Non
 
 def test_grid_of_what_is_none() -> None:
     norms = dataset()["norm"]
-    assert "0 patch tokens do not fill" in problem(results.grid, norms.isel(token=[0, 1]))
-    assert "5 patch tokens do not fill a grid of 2x3" in problem(results.grid, norms.isel(token=[2, 3, 4, 5, 7]))
-    assert "row after row" in problem(results.grid, norms.isel(token=[3, 2, 4, 5, 6, 7]))
+    assert "0 patch tokens do not fill" in problem(arrays.patch_maps, norms.isel(token=[0, 1]))
+    assert "5 patch tokens do not fill a grid of 2x3" in problem(arrays.patch_maps, norms.isel(token=[2, 3, 4, 5, 7]))
+    assert "row after row" in problem(arrays.patch_maps, norms.isel(token=[3, 2, 4, 5, 6, 7]))
 
 
 # --- memory
@@ -111,8 +111,8 @@ def test_grid_of_what_is_none() -> None:
 
 def test_measured_once(tmp_path: Path) -> None:
     count, file = Counter(), tmp_path / "deep" / "er" / "r.nc"
-    first = results.stored(file, count, key=KEY)
-    second = results.stored(file, count, key=KEY)
+    first = cache.stored(file, count, key=KEY)
+    second = cache.stored(file, count, key=KEY)
     assert count.calls == 1
     xr.testing.assert_identical(first, second)
     assert {k: v.dtype.kind for k, v in second.variables.items()} == {
@@ -120,50 +120,50 @@ def test_measured_once(tmp_path: Path) -> None:
     }
     assert np.isnan(second["norm"].values[0, 0])
     assert second["label"].values[2] == "0,0"
-    results.stored(file, count, key=dict(reversed(KEY.items())))
+    cache.stored(file, count, key=dict(reversed(KEY.items())))
     assert count.calls == 1  # the order of the key says nothing
 
 
 def test_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count, file = Counter(), tmp_path / "r.nc"
-    results.stored(file, count, key=KEY)
-    assert float(results.stored(file, count, key={**KEY, "images": 5})["norm"].max()) == 2
-    assert float(results.stored(file, count, key={**KEY, "images": 5})["norm"].max()) == 2
-    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 3
-    assert float(results.stored(file, count, key=KEY, refresh=True)["norm"].max()) == 4
-    assert float(results.stored(file, count, key=KEY, code="of other code")["norm"].max()) == 5
-    assert results.stored(file, count, key=KEY, code="of other code").attrs["code"] == "of other code"
+    cache.stored(file, count, key=KEY)
+    assert float(cache.stored(file, count, key={**KEY, "images": 5})["norm"].max()) == 2
+    assert float(cache.stored(file, count, key={**KEY, "images": 5})["norm"].max()) == 2
+    assert float(cache.stored(file, count, key=KEY)["norm"].max()) == 3
+    assert float(cache.stored(file, count, key=KEY, refresh=True)["norm"].max()) == 4
+    assert float(cache.stored(file, count, key=KEY, code="of other code")["norm"].max()) == 5
+    assert cache.stored(file, count, key=KEY, code="of other code").attrs["code"] == "of other code"
     assert count.calls == 5
-    monkeypatch.setattr(results, "code_hash", lambda: "of other code")
-    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 5  # unless told, all of the library counts
+    monkeypatch.setattr(cache, "code_hash", lambda: "of other code")
+    assert float(cache.stored(file, count, key=KEY)["norm"].max()) == 5  # unless told, all of the library counts
 
 
 @pytest.mark.parametrize("damage", ["empty", "words", "cut", "flipped", "other netCDF"])
 def test_a_broken_file_is_measured_anew(tmp_path: Path, damage: str) -> None:
     count, file = Counter(), tmp_path / "r.nc"
-    results.stored(file, count, key=KEY)
+    cache.stored(file, count, key=KEY)
     whole = file.read_bytes()
     file.write_bytes({"empty": b"", "words": b"not netCDF\n" * 99, "cut": whole[: len(whole) // 2]}.get(damage, whole))
     if damage == "flipped":
         file.write_bytes(bytes(b ^ 255 for b in whole))
     if damage == "other netCDF":
-        results.save(xr.Dataset({"a": 1}), file)
+        cache.save_dataset(xr.Dataset({"a": 1}), file)
     else:
-        assert "cannot read results" in problem(results.load, file)
-    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 2
-    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 2
+        assert "cannot read results" in problem(cache.load_dataset, file)
+    assert float(cache.stored(file, count, key=KEY)["norm"].max()) == 2
+    assert float(cache.stored(file, count, key=KEY)["norm"].max()) == 2
 
 
 def test_provenance(tmp_path: Path) -> None:
-    kept = results.stored(tmp_path / "r.nc", Counter(), key={**KEY, "weights": Path("w"), "size": (3, 4)})
-    attrs = results.load(tmp_path / "r.nc").attrs
+    kept = cache.stored(tmp_path / "r.nc", Counter(), key={**KEY, "weights": Path("w"), "size": (3, 4)})
+    attrs = cache.load_dataset(tmp_path / "r.nc").attrs
     assert attrs == kept.attrs
     for name in ("code", "commit", "date", "python", "torch", "timm", "machine"):
         assert attrs[name]
-    assert attrs["code"] == results.code_hash()
+    assert attrs["code"] == cache.code_hash()
     assert json.loads(attrs["key"])["size"] == [3, 4]
     assert attrs["note"] == "of a test"
-    more = results.provenance(n=3, device="cpu", pair=(1, 2))
+    more = cache.provenance(n=3, device="cpu", pair=(1, 2))
     assert (more["n"], more["device"], more["pair"]) == ("3", "cpu", "[1, 2]")
 
 
@@ -172,23 +172,23 @@ def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", gone)
-    results._commit.cache_clear()
+    cache._commit.cache_clear()
     try:
-        assert results.provenance()["commit"] == "unknown"
+        assert cache.provenance()["commit"] == "unknown"
     finally:
-        results._commit.cache_clear()
+        cache._commit.cache_clear()
 
 
 def test_hashes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert results.file_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert len(results.code_hash()) == 12
+    assert cache.file_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert len(cache.code_hash()) == 12
 
 
 def copy_of_the_library(folder: Path) -> Path:
     package = folder / "vitregs"
-    for file in Path(results.__file__).parent.rglob("*.py"):
-        target = package / file.relative_to(Path(results.__file__).parent)
+    for file in Path(cache.__file__).parent.rglob("*.py"):
+        target = package / file.relative_to(Path(cache.__file__).parent)
         target.parent.mkdir(exist_ok=True, parents=True)
         target.write_bytes(file.read_bytes())
     return package
@@ -222,7 +222,7 @@ PARTS = ("vitregs.capture", "vitregs.probes.local", "vitregs.discovery", "vitreg
 def test_code_hash_follows_what_measures(tmp_path: Path, file: str, old: str, new: str, changed: set[str]) -> None:
     """A copy of the library elsewhere has the same hashes; a change is seen where it is imported, and nowhere else."""
     package = copy_of_the_library(tmp_path)
-    first = {name: results.code_hash(name or None) for name in PARTS}
+    first = {name: cache.code_hash(name or None) for name in PARTS}
     text = (package / file).read_text()
     assert old in text
     (package / file).write_text(text.replace(old, new, 1) if old else f"{text}\n{new}\n")
@@ -252,9 +252,9 @@ def test_code_hash_follows_imports_of_every_form(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def ask(module: str) -> str:
-        for cached in (results.code_hash, results._file_of, results.source_hash):
+        for cached in (cache.code_hash, cache._file_of, cache.source_hash):
             cached.cache_clear()
-        return results.code_hash(module)
+        return cache.code_hash(module)
 
     first = {m: ask(m) for m in ("house.a", "house.h", "house.c")}
     moved = {}
@@ -315,27 +315,27 @@ except* E:
 
 def test_source_hash_is_of_what_the_code_does() -> None:
     """The number is pinned: every version of Python must find it, or results stored on one are measured anew on another."""
-    assert results.source_hash(ONE) == results.source_hash(OTHER)
-    assert results.source_hash(ONE)[:12] == "5c487a18b0e1"
+    assert cache.source_hash(ONE) == cache.source_hash(OTHER)
+    assert cache.source_hash(ONE)[:12] == "5c487a18b0e1"
     others = [ONE.replace(*p) for p in (("b=1", "b=2"), ("é", "e"), ("tail", "tale"), ("None:", "0:"), ("/, ", ""))]
-    assert len({results.source_hash(text) for text in [ONE, *others]}) == 6
+    assert len({cache.source_hash(text) for text in [ONE, *others]}) == 6
     for a, b in (("f(x=None)", "f(x=False)"), ("x = 1", "x = 1.0"), ("x = '1'", "x = 1"), ("a\nb", "b\na")):
-        assert results.source_hash(a) != results.source_hash(b)
+        assert cache.source_hash(a) != cache.source_hash(b)
 
 
 # --- what the repository holds
 
 
-@pytest.mark.parametrize("folder", sorted(p.name for p in (results.ROOT / "data" / "results").iterdir() if p.is_dir()))
+@pytest.mark.parametrize("folder", sorted(p.name for p in (paths.ROOT / "data" / "results").iterdir() if p.is_dir()))
 def test_stored_results_come_from_a_committed_state(folder: str) -> None:
     """Each names a commit without further changes, which is one of this history: make notebooks."""
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(results.ROOT), *words], capture_output=True, text=True, check=False)
+        return subprocess.run(["git", "-C", str(paths.ROOT), *words], capture_output=True, text=True, check=False)
 
-    files = sorted((results.ROOT / "data" / "results" / folder).rglob("*.nc"))
+    files = sorted((paths.ROOT / "data" / "results" / folder).rglob("*.nc"))
     assert files
-    commits = {p.relative_to(results.ROOT).as_posix(): results.load(p).attrs["commit"] for p in files}
+    commits = {p.relative_to(paths.ROOT).as_posix(): cache.load_dataset(p).attrs["commit"] for p in files}
     assert {n: c for n, c in commits.items() if not re.fullmatch("[0-9a-f]{12}", c)} == {}
     if git("rev-parse", "--is-shallow-repository").stdout.strip() == "false":  # else the history is not all here
         known = {c for c in set(commits.values()) if git("merge-base", "--is-ancestor", c, "HEAD").returncode == 0}
@@ -343,16 +343,16 @@ def test_stored_results_come_from_a_committed_state(folder: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["lib/vitregs/new.py", "data/zoo/x", "data/paper/claims.csv", "notebooks/a.ipynb"])
-def test_a_changed_tree_is_told(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_tree_is_reported(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What measures counts; notebooks are written one after the other while their results are stored."""
 
     def git(*words: str) -> None:
         names = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", *names, *words], cwd=tmp_path, check=True, capture_output=True)
 
-    def told() -> str:
-        results._commit.cache_clear()
-        return results.provenance()["commit"]
+    def printed() -> str:
+        cache._commit.cache_clear()
+        return cache.provenance()["commit"]
 
     for folder in ("lib/vitregs", "data/zoo", "data/paper", "notebooks"):
         (tmp_path / folder).mkdir(parents=True)
@@ -360,18 +360,18 @@ def test_a_changed_tree_is_told(tmp_path: Path, change: str, monkeypatch: pytest
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
     try:
-        assert re.fullmatch("[0-9a-f]{12}", told())
+        assert re.fullmatch("[0-9a-f]{12}", printed())
         (tmp_path / change).write_text("2")
-        assert told().endswith("+changes") != change.startswith("notebooks")
+        assert printed().endswith("+changes") != change.startswith("notebooks")
     finally:
-        results._commit.cache_clear()
+        cache._commit.cache_clear()
 
 
 def test_make_notebooks_asks_for_a_committed_state(tmp_path: Path) -> None:
     """The rule of the Makefile stops before the first chapter, in one line that names what differs."""
-    (tmp_path / "Makefile").write_text((results.ROOT / "Makefile").read_text())
+    (tmp_path / "Makefile").write_text((paths.ROOT / "Makefile").read_text())
     for folder in ("lib/vitregs", "notebooks", "data/paper", "data/zoo", ".venv"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("pyproject.toml", "constraints.txt", "notebooks/01_a.ipynb"):
@@ -385,13 +385,13 @@ def test_make_notebooks_asks_for_a_committed_state(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout.splitlines()
 
-    status, says = make()
+    status, message = make()
     assert status != 0
-    assert says == ["make notebooks needs the git repository of the book"]
+    assert message == ["make notebooks needs the git repository of the book"]
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    status, says = make()
+    status, message = make()
     assert status != 0
-    assert says == [
+    assert message == [
         "Commit or stash first: stored results must come from a committed state, and these differ: ?? notebooks/"
     ]
     subprocess.run(["git", "add", "notebooks"], cwd=tmp_path, check=True)
@@ -414,18 +414,18 @@ def full(*_args: object, **_kw: object) -> None:
 @pytest.mark.parametrize("place", ["write_bytes", "chmod", "replace", "mkstemp"])
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     count, file = Counter(), tmp_path / "r.nc"
-    results.stored(file, count, key=KEY)
+    cache.stored(file, count, key=KEY)
     before = file.read_bytes()
     with monkeypatch.context() as patch:
-        owner = {"replace": results.os, "mkstemp": results.tempfile}.get(place, Path)
+        owner = {"replace": cache.os, "mkstemp": cache.tempfile}.get(place, Path)
         patch.setattr(owner, place, full)
-        says = problem(results.stored, file, count, key=KEY, refresh=True)
-    assert "No space left on device" in says
-    assert "r.nc" in says
+        message = problem(cache.stored, file, count, key=KEY, refresh=True)
+    assert "No space left on device" in message
+    assert "r.nc" in message
     assert count.calls == 2
     assert file.read_bytes() == before
     assert leftovers(tmp_path) == ["r.nc"]
-    assert float(results.stored(file, count, key=KEY)["norm"].max()) == 1
+    assert float(cache.stored(file, count, key=KEY)["norm"].max()) == 1
 
 
 def test_half_a_file_never_shows(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_half_a_file_never_shows(tmp_path: Path) -> None:
         assert not file.exists()
         full()
 
-    assert "No space left" in problem(results.write_whole, file, write)
+    assert "No space left" in problem(cache.write_whole, file, write)
     assert leftovers(tmp_path) == []
 
 
@@ -451,16 +451,16 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, error: type[BaseExc
         raise error
 
     with pytest.raises(error):
-        results.write_whole(tmp_path / "r.txt", write)
+        cache.write_whole(tmp_path / "r.txt", write)
     assert (tmp_path / "r.txt").read_text() == "old"
     assert leftovers(tmp_path) == ["r.txt"]
 
 
 def test_a_failed_measurement_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> xr.Dataset:
-        raise Problem("it cannot be measured")
+        raise InputError("it cannot be measured")
 
-    assert "it cannot be measured" in problem(results.stored, tmp_path / "r.nc", fail, key=KEY)
+    assert "it cannot be measured" in problem(cache.stored, tmp_path / "r.nc", fail, key=KEY)
     assert leftovers(tmp_path) == []
 
 
@@ -469,12 +469,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:  # root may write anywhere, so that a read-only folder proves nothing
-        patch.setattr(results.tempfile, "mkstemp", deny)
-        assert "Permission denied" in problem(results.save, dataset(), tmp_path / "r.nc")
+        patch.setattr(cache.tempfile, "mkstemp", deny)
+        assert "Permission denied" in problem(cache.save_dataset, dataset(), tmp_path / "r.nc")
     (tmp_path / "file").write_text("in the way")
-    assert "cannot write" in problem(results.save, dataset(), tmp_path / "file" / "r.nc")
+    assert "cannot write" in problem(cache.save_dataset, dataset(), tmp_path / "file" / "r.nc")
     (tmp_path / "folder.nc").mkdir()
-    assert "cannot write" in problem(results.save, dataset(), tmp_path / "folder.nc")
+    assert "cannot write" in problem(cache.save_dataset, dataset(), tmp_path / "folder.nc")
     assert leftovers(tmp_path) == ["file", "folder.nc"]
 
 
@@ -501,7 +501,7 @@ def write():
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     write()
-except Problem as error:
+except InputError as error:
     print("Problem:", error)
 """
     file = tmp_path / "r"
@@ -515,21 +515,21 @@ except Problem as error:
 
 
 def test_the_new_file_can_be_read_by_all(tmp_path: Path) -> None:
-    results.write_whole(tmp_path / "r.txt", lambda spare: spare.write_text("new"))
+    cache.write_whole(tmp_path / "r.txt", lambda spare: spare.write_text("new"))
     assert (tmp_path / "r.txt").read_text() == "new"
     assert (tmp_path / "r.txt").stat().st_mode & 0o777 == 0o644
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    assert "cannot read results" in problem(results.load, tmp_path / "gone.nc")
+    assert "cannot read results" in problem(cache.load_dataset, tmp_path / "gone.nc")
 
 
 # --- problems
 
 
 def test_a_problem_is_one_line() -> None:
-    assert str(Problem("first\n  second\tthird")) == "first second third"
-    assert isinstance(Problem("x"), ValueError)
+    assert str(InputError("first\n  second\tthird")) == "first second third"
+    assert isinstance(InputError("x"), ValueError)
 
 
 def test_unknown_names() -> None:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import settings as prove
 from hypothesis import strategies as st
 
-from vitregs import scenes, shapes
-from vitregs.problems import Problem
-from vitregs.scenes import COLOUR_NAMES, COLOURS, SHAPE_NAMES, Difficulty, Scenes, render
+from vitregs.data import scenes, shapes
+from vitregs.data.scenes import COLOUR_NAMES, COLOURS, SHAPE_NAMES, Difficulty, Scenes, render
+from vitregs.errors import InputError
 
 # Of pixels and masks, per (count, size, seed): made once on x86-64 with AVX-512; every machine must agree.
 STORED = {
@@ -76,12 +76,12 @@ def by_hand(
     u = (raw >> np.uint64(40)) / 2.0**24
     low, high = hard.objects
     number = low + int(u[11] * (high - low + 1))
-    thing = u[80:].reshape(6, 12)[:number]
-    depth = np.sort(1 + 2 * thing[:, 3])
+    object_draws = u[80:].reshape(6, 12)[:number]
+    depth = np.sort(1 + 2 * object_draws[:, 3])
     instances, doubt, full = np.zeros((height, width), int), np.zeros((height, width), bool), np.zeros(6, int)
     row, col = np.mgrid[:height, :width] + 0.5
     for rank in reversed(range(number)):
-        t = thing[rank]
+        t = object_draws[rank]
         r = max(2.0, hard.radius * min(height, width) * (0.85 + 0.15 * t[4]) / (0.5 + 0.5 * depth[rank]))
         dy, dx = (row - (0.08 + 0.84 * t[5]) * height) / r, (col - (0.08 + 0.84 * t[6]) * width) / r
         angle = 2 * np.arctan(t[7] * 0.6 - 0.3)
@@ -109,9 +109,9 @@ def test_same_scene_with_other_vector_instructions(capability: str) -> None:
     )
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", code, os.path.dirname(__file__)]
-    words = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
-    assert words[0].lower() in (capability, "default")  # of two on other processors
-    assert words[1:] == list(STORED.values())
+    message = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+    assert message[0].lower() in (capability, "default")  # of two on other processors
+    assert message[1:] == list(STORED.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -196,7 +196,7 @@ def consistent(some: Scenes) -> None:
         present = [k for k, row in enumerate(objects) if row[0] >= 0]
         assert present == list(range(len(present)))
         assert set(np.unique(inst)) <= {0, *(k + 1 for k in present)}
-        assert (depth[inst == 0] == scenes.WALL_DEPTH).all()
+        assert (depth[inst == 0] == scenes.BACKGROUND_DEPTH).all()
         expected_semantic = np.zeros_like(inst)
         labels, areas, nearest = set(), {}, 1.0
         for k in present:
@@ -205,7 +205,7 @@ def consistent(some: Scenes) -> None:
             box = some.boxes[i, k].tolist()
             if mask.any():
                 (d,) = np.unique(depth[mask])
-                assert nearest <= d < scenes.WALL_DEPTH  # a later rank is not nearer
+                assert nearest <= d < scenes.BACKGROUND_DEPTH  # a later rank is not nearer
                 nearest = d
             if np.isfinite(box[0]):
                 ys, xs = np.nonzero(mask)
@@ -264,15 +264,21 @@ def test_background_share_against_a_loop(seed: int, patch: int, rows: int, colum
 
 def test_captions_say_what_is_in_view() -> None:
     some = render(40, 48, seed=4)
-    walls = {"flat": "plain", "gradient": "graded", "noise": "cloudy", "stripes": "striped", "checker": "checkered"}
+    backgrounds = {
+        "flat": "plain",
+        "gradient": "graded",
+        "noise": "cloudy",
+        "stripes": "striped",
+        "checker": "checkered",
+    }
     for i, text in enumerate(some.captions()):
-        *things, wall = text.split(" in front of ")
-        assert wall == f"a {walls[scenes.BACKGROUNDS[int(some.background[i])]]} background"
+        *objects, background = text.split(" in front of ")
+        assert background == f"a {backgrounds[scenes.BACKGROUNDS[int(some.background[i])]]} background"
         seen = [o for o, b in zip(some.objects[i].tolist(), some.boxes[i].tolist(), strict=True) if b[0] == b[0]]
-        assert len(things) == len(seen)
-        for words, (shape, colour, texture) in zip(things, seen, strict=True):
-            assert words.split() == ["a", scenes.TEXTURES[texture], COLOUR_NAMES[colour], SHAPE_NAMES[shape]]
-        pairs = {" ".join(words.split()[2:]) for words in things}
+        assert len(objects) == len(seen)
+        for message, (shape, colour, texture) in zip(objects, seen, strict=True):
+            assert message.split() == ["a", scenes.TEXTURES[texture], COLOUR_NAMES[colour], SHAPE_NAMES[shape]]
+        pairs = {" ".join(message.split()[2:]) for message in objects}
         assert pairs == {scenes.CLASSES[c] for c in some.labels[i].nonzero()[:, 0].tolist()}
 
 
@@ -295,14 +301,14 @@ def test_objects_have_their_colour() -> None:
 
 
 def test_textures_differ_and_backgrounds_vary_in_redundancy() -> None:
-    spread = {}
+    std = {}
     for name in scenes.BACKGROUNDS:
         some = render(12, 48, seed=2, difficulty=Difficulty((1, 1), 0.05, (name,)))
         assert (some.background == scenes.BACKGROUNDS.index(name)).all()
         free = some.instances == 0
-        spread[name] = np.mean([some.pixels[i].mean(0)[free[i]].std().item() for i in range(12)])
-    assert spread["flat"] < 0.01
-    assert min(v for k, v in spread.items() if k != "flat") > 2 * spread["flat"]
+        std[name] = np.mean([some.pixels[i].mean(0)[free[i]].std().item() for i in range(12)])
+    assert std["flat"] < 0.01
+    assert min(v for k, v in std.items() if k != "flat") > 2 * std["flat"]
     x, y = torch.rand(2, 5000, generator=torch.Generator().manual_seed(0)) * 4
     patterns = [f(x, y) for f in (shapes.stripes, shapes.checker, shapes.dots)]
     for one in patterns:
@@ -347,11 +353,11 @@ def test_no_arithmetic_beyond_the_exact_five() -> None:
     ],
 )
 def test_bad_input_is_a_problem_of_one_line(call) -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(InputError) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_background_names_the_nearest() -> None:
-    with pytest.raises(Problem, match="did you mean 'stripes'"):
+    with pytest.raises(InputError, match="did you mean 'stripes'"):
         Difficulty(backgrounds=("stripe",))

@@ -6,20 +6,21 @@ import torch
 import xarray as xr
 from sklearn.metrics import adjusted_rand_score
 
-from vitregs import results, slots
-from vitregs.problems import Problem
+from vitregs import arrays
+from vitregs.errors import InputError
+from vitregs.measure import slot_attention
 
 GRID = (6, 8)
 
 
 def planted(n: int = 32, seed: int = 0) -> tuple[xr.DataArray, np.ndarray]:
-    """Three upright strips a picture, each with one of six vectors everywhere: states, (n, patches) of the strip."""
+    """Three upright strips an image, each with one of six vectors everywhere: states, (n, patches) of the strip."""
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((6, 12))
     cuts = np.stack([rng.integers(2, 4, n), rng.integers(5, 7, n)], 1)
     strip = (np.arange(GRID[1]) >= cuts[..., None]).sum(1)[:, None].repeat(GRID[0], 1).reshape(n, -1)
     values = np.stack([vectors[rng.permutation(6)[:3]][s] for s in strip]).astype(np.float32)
-    coords = results.token_coords(["patch"] * strip.shape[1], GRID)
+    coords = arrays.token_coords(["patch"] * strip.shape[1], GRID)
     return xr.DataArray(values, dims=("image", "token", "channel"), coords=coords), strip
 
 
@@ -29,16 +30,16 @@ def agreement(maps: xr.DataArray, truth: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def net() -> slots.AutoEncoder:
+def net() -> slot_attention.AutoEncoder:
     torch.manual_seed(0)
-    made = slots.AutoEncoder(GRID, 12)
+    made = slot_attention.AutoEncoder(GRID, 12)
     with torch.no_grad():
         for weight in made.parameters():  # anything but its orderly beginning
             weight += 0.05 * torch.randn_like(weight)
     return made
 
 
-def test_another_order_of_slots_goes_through(net: slots.AutoEncoder):
+def test_another_order_of_slots_goes_through(net: slot_attention.AutoEncoder):
     tokens, noise = torch.randn(3, 48, net.width), torch.randn(3, 5, net.width)
     order = torch.tensor([3, 0, 4, 1, 2])
     first, second = net.slots(tokens, noise), net.slots(tokens, noise[:, order])
@@ -47,7 +48,7 @@ def test_another_order_of_slots_goes_through(net: slots.AutoEncoder):
     assert not torch.allclose(first[0], second[0], atol=1e-3)
 
 
-def test_another_order_of_tokens_only_moves_the_attention(net: slots.AutoEncoder):
+def test_another_order_of_tokens_only_moves_the_attention(net: slot_attention.AutoEncoder):
     tokens, noise = torch.randn(2, 48, net.width), torch.randn(2, 4, net.width)
     order = torch.randperm(48)
     (a, x), (b, y) = net.slots(tokens, noise), net.slots(tokens[:, order], noise)
@@ -55,7 +56,7 @@ def test_another_order_of_tokens_only_moves_the_attention(net: slots.AutoEncoder
     torch.testing.assert_close(x[..., order], y)
 
 
-def test_shares_of_a_patch_sum_to_one(net: slots.AutoEncoder):
+def test_shares_of_a_patch_sum_to_one(net: slot_attention.AutoEncoder):
     x, noise = torch.randn(3, 48, 12), torch.randn(3, 5, net.width)
     rebuilt, masks, attention = net(x, noise)
     assert rebuilt.shape == x.shape
@@ -65,13 +66,13 @@ def test_shares_of_a_patch_sum_to_one(net: slots.AutoEncoder):
         assert (part >= 0).all()
 
 
-def test_one_round_of_attention_against_the_formula(net: slots.AutoEncoder):
+def test_one_round_of_attention_against_the_formula(net: slot_attention.AutoEncoder):
     made = net.slots
     tokens, noise = torch.randn(1, 48, net.width), torch.randn(1, 3, net.width)
     made.iterations = 1
     with torch.no_grad():
         _, attention = made(tokens, noise)
-        start = made.mean + made.spread.exp() * noise[0]
+        start = made.mean + made.log_std.exp() * noise[0]
         k, q = made.key(made.norm(tokens[0])), made.query(made.slot_norm(start))
     made.iterations = 3
     wanted = torch.empty(3, 48)
@@ -82,7 +83,7 @@ def test_one_round_of_attention_against_the_formula(net: slots.AutoEncoder):
 
 
 def test_places_tell_patches_apart():
-    at = slots.ramps(GRID)
+    at = slot_attention.ramps(GRID)
     assert at.shape == (48, 6)
     assert len({tuple(row) for row in at.tolist()}) == 48
     torch.testing.assert_close(at[:8, 0], -torch.ones(8))  # rows before columns
@@ -91,7 +92,7 @@ def test_places_tell_patches_apart():
 
 def test_planted_regions_are_found():
     states, truth = planted()
-    found = slots.discover(states, slots=3, steps=400, seed=0)
+    found = slot_attention.discover(states, slots=3, steps=400, seed=0)
     assert dict(found.sizes) == {"image": 32, "query": 3, "y": 6, "x": 8, "step": 2}
     assert agreement(found["mask"], truth) > 0.9
     before, after = found["loss"].values
@@ -104,27 +105,27 @@ def test_planted_regions_are_found():
 def test_a_seed_gives_the_same_slots_and_leaves_the_dice_alone():
     states, _ = planted(8)
     torch.manual_seed(5)
-    first = slots.discover(states, slots=3, steps=4, batch=3, seed=1)
+    first = slot_attention.discover(states, slots=3, steps=4, batch=3, seed=1)
     dice = torch.rand(1)
     torch.manual_seed(6)
-    again = slots.discover(states.transpose("channel", "image", "token"), slots=3, steps=4, batch=3, seed=1)
+    again = slot_attention.discover(states.transpose("channel", "image", "token"), slots=3, steps=4, batch=3, seed=1)
     xr.testing.assert_identical(first, again)
     torch.manual_seed(5)
     assert torch.rand(1) == dice
-    other = slots.discover(states, slots=3, steps=4, batch=3, seed=2)
+    other = slot_attention.discover(states, slots=3, steps=4, batch=3, seed=2)
     assert not np.allclose(first["mask"], other["mask"], atol=1e-4)
 
 
 def test_no_steps_change_nothing():
     states, _ = planted(4)
-    found = slots.discover(states, slots=2, steps=0)
+    found = slot_attention.discover(states, slots=2, steps=0)
     assert found["loss"][0] == found["loss"][1]
 
 
 @pytest.mark.parametrize("wrong", [{"slots": 1}, {"steps": -1}, {"batch": 0}])
 def test_bad_inputs_are_named(wrong: dict[str, int]):
     states, _ = planted(2)
-    with pytest.raises(Problem, match="cannot train"):
-        slots.discover(states, **wrong)
-    with pytest.raises(Problem, match="from 0 pictures"):
-        slots.discover(states[:0])
+    with pytest.raises(InputError, match="cannot train"):
+        slot_attention.discover(states, **wrong)
+    with pytest.raises(InputError, match="from 0 images"):
+        slot_attention.discover(states[:0])

@@ -17,15 +17,18 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_arch_pretrained_cfgs
 
 from tests.test_images import encode, everything, noise, planted, problem
-from vitregs import backbones, decoding, images, results, sources, tables
-from vitregs.preparation import Preparation
-from vitregs.pretrain import loop
-from vitregs.pretrain.recipes import recipe
-from vitregs.problems import Problem
+from vitregs import arrays, cache, report
+from vitregs.cache import file_hash, stored
+from vitregs.data import decoding, images, sources
+from vitregs.data.preparation import Preparation
+from vitregs.errors import InputError
+from vitregs.models import registry
+from vitregs.train import loop
+from vitregs.train.recipes import recipe
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -77,7 +80,7 @@ def test_a_folder_never_gets_the_numbers_of_another(pair: tuple[Path, Path], tmp
     def median(folder: Path) -> float:
         source = images.load(str(folder), size=16, count=9)
         how = lambda: xr.Dataset({"v": float(np.median([p.median() for p in source.pixels()]))})  # noqa: E731
-        return float(results.stored(tmp_path / "kept.nc", how, key=source.key)["v"])
+        return float(stored(tmp_path / "kept.nc", how, key=source.key)["v"])
 
     light, dark = map(median, pair)
     assert dark < 0.7 * light
@@ -99,8 +102,8 @@ def test_the_key_is_of_content_and_not_of_place(pair: tuple[Path, Path], tmp_pat
 
 def test_only_what_is_drawn_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "set", *(f"{i}.png" for i in range(9)))
-    read, real = [], results.file_hash
-    monkeypatch.setattr(results, "file_hash", lambda file: read.append(file) or real(file))
+    read, real = [], file_hash
+    monkeypatch.setattr(cache, "file_hash", lambda file: read.append(file) or real(file))
     source = images.load(str(tmp_path / "set"), size=8, count=3)
     assert not read
     first = source.key
@@ -117,7 +120,7 @@ def test_training_does_not_go_on_with_another_folder(pair: tuple[Path, Path], tm
     )
     options = {"out": tmp_path / "run", "device": "cpu", "compiled": False, "report": lambda _line: None}
     loop.train(chosen, images=str(pair[0]), **options)
-    with pytest.raises(Problem, match="belongs to another recipe"):
+    with pytest.raises(InputError, match="belongs to another recipe"):
         loop.train(chosen, images=str(pair[1]), **options)
 
 
@@ -142,7 +145,7 @@ def test_shards(tmp_path: Path, files: list[str], split: str | None, expected: i
         shard(tmp_path / "set" / file, 4, seed=10 * i)
     got = everything(images.load(str(tmp_path / "set"), size=8, split=split))
     assert len(got.pixels) == expected
-    assert f"has no split{'s, so no' * (not sources.splits(tmp_path / 'set'))} 'nosuch'" in problem(
+    assert f"has no split{'s, so no' * (not sources.split_names(tmp_path / 'set'))} 'nosuch'" in problem(
         tmp_path / "set", split="nosuch"
     )
 
@@ -187,7 +190,7 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="has splits: val is taken, not train"):
         assert len(images.load(str(root), size=8).source.files) == 1
     assert "has no split 'test', only train, val" in problem(root, split="test")
-    assert sources.splits(root) == ["val", "train"]
+    assert sources.split_names(root) == ["val", "train"]
     draw(root, "birds/4.png")  # now these are classes
     assert len(names(root)) == 4
     assert "has no splits, so no 'train'" in problem(root, split="train")
@@ -216,15 +219,15 @@ def table(file: Path, **columns: object) -> Path:
 @pytest.mark.parametrize("struct_", [False, True])
 def test_images_are_found_by_type(tmp_path: Path, column: str, struct_: bool) -> None:
     cells = [encode(noise(seed=i)) for i in range(3)]
-    told = [{"bytes": c, "path": None} for c in cells] if struct_ else cells
-    file = table(tmp_path / "p.parquet", blob=[b"no image"] * 3, annotation=["a cat"] * 3, **{column: told})
+    printed = [{"bytes": c, "path": None} for c in cells] if struct_ else cells
+    file = table(tmp_path / "p.parquet", blob=[b"no image"] * 3, annotation=["a cat"] * 3, **{column: printed})
     source = images.load(str(file), size=(20, 30))
     got = everything(source)
     assert source.source.column == column
     assert len(got.pixels) == 3
     assert got.masks == [None] * 3
     assert "no image column 'annotation': its image columns are" in problem(file, image_column="annotation")
-    with pytest.raises(Problem, match="not one image"):
+    with pytest.raises(InputError, match="not one image"):
         everything(images.load(str(file), size=8, image_column="blob"))
 
 
@@ -244,9 +247,13 @@ def png16(values: np.ndarray, bits: int | None = None) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
     head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 0 if depth == 1 else 2, 0, 0, 0)
-    told = chunk(b"sBIT", bytes([bits] * depth)) if bits else b""
+    printed = chunk(b"sBIT", bytes([bits] * depth)) if bits else b""
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + told + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + printed
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -301,18 +308,18 @@ def test_box_formats(tmp_path: Path) -> None:
     corners, coco = boxed(tmp_path / "a.parquet", [[8, 5, 28, 15]]), boxed(tmp_path / "b.parquet", [[20, 5, 10, 15]])
     assert everything(images.load(str(corners), size=(20, 30))).boxes[0].tolist() == [[5, 8, 15, 28]]
     assert everything(images.load(str(coco), size=(20, 30), box_format="xywh")).boxes[0].tolist() == [[5, 20, 20, 30]]
-    with pytest.raises(Problem, match=r"are not xyxy: .* has \(20, 5, 10, 15\); try box_format='xywh'"):
+    with pytest.raises(InputError, match=r"are not xyxy: .* has \(20, 5, 10, 15\); try box_format='xywh'"):
         everything(images.load(str(coco), size=(20, 30)))
-    with pytest.raises(Problem, match=r"are not xywh: .* try box_format='xyxy'"):
+    with pytest.raises(InputError, match=r"are not xywh: .* try box_format='xyxy'"):
         everything(images.load(str(corners), size=(20, 30), box_format="xywh"))
-    with pytest.raises(Problem, match="shares of the image"):
+    with pytest.raises(InputError, match="shares of the image"):
         everything(images.load(str(boxed(tmp_path / "c.parquet", [[0.1, 0.1, 0.5, 0.5]])), size=(20, 30)))
 
 
 def test_real_boxes_are_corners(shared_data: Path) -> None:
     coco = shared_data / "coco-256"
     assert sum(map(len, everything(images.load(str(coco), size=64)).boxes)) > 128
-    with pytest.raises(Problem, match="try box_format='xyxy'"):
+    with pytest.raises(InputError, match="try box_format='xyxy'"):
         everything(images.load(str(coco), size=64, box_format="xywh"))
 
 
@@ -321,7 +328,7 @@ def test_real_boxes_are_corners(shared_data: Path) -> None:
 
 def configs() -> list[dict]:
     found = {}
-    for name in backbones.published():
+    for name in registry.published():
         for cfg in get_arch_pretrained_cfgs(name).values():
             config = resolve_data_config(pretrained_cfg=cfg.to_dict())
             found[tuple(config[k] for k in ("crop_mode", "interpolation", "crop_pct", "input_size"))] = config
@@ -333,21 +340,21 @@ def test_images_are_prepared_as_timm_does() -> None:
     every = configs()
     assert len(every) >= 25
     assert {c["crop_mode"] for c in every} >= {"center", "squash"}
-    pictures = [Image.fromarray(noise(*shape)) for shape in ((301, 417), (520, 133))]
+    images = [Image.fromarray(noise(*shape)) for shape in ((301, 417), (520, 133))]
     border = [{**c, "crop_mode": "border", "interpolation": i} for c in every[:3] for i in ("bicubic", "bilinear")]
     for config in every + border:
         theirs = create_transform(**config, is_training=False, normalize=False)
-        for picture in pictures:
-            ours = np.asarray(Preparation.of(config).apply(picture, config["input_size"][1:])[0], int)
-            gap = np.abs(ours.transpose(2, 0, 1) - theirs(picture).numpy().astype(int)).max()
-            assert gap <= 1, (config, picture.size)
+        for image in images:
+            ours = np.asarray(Preparation.of(config).apply(image, config["input_size"][1:])[0], int)
+            gap = np.abs(ours.transpose(2, 0, 1) - theirs(image).numpy().astype(int)).max()
+            assert gap <= 1, (config, image.size)
 
 
 def test_a_model_carries_its_preparation() -> None:
-    squashed = backbones.random("vit_small_patch16_lingbot.robbyant")
+    squashed = registry.random("vit_small_patch16_lingbot.robbyant")
     assert squashed.preparation == Preparation(1.0, "squash", "bilinear")
     assert squashed.size == (512, 512)
-    assert backbones.random("vit_tiny_patch16_224", img_size=384).size == (384, 384)  # timm's config still says 224
+    assert registry.random("vit_tiny_patch16_224", img_size=384).size == (384, 384)  # timm's config still says 224
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
@@ -355,10 +362,10 @@ def test_a_model_carries_its_preparation() -> None:
 def test_masks_and_boxes_follow(mode: str, shape: tuple[int, int]) -> None:
     height, width = shape
     box = (height // 4, width // 4, height // 2, 3 * width // 4)
-    picture = planted(height, width, box)
-    mask = {"bytes": encode((picture[..., 0] // 255 * 7).astype(np.uint8))}
+    image = planted(height, width, box)
+    mask = {"bytes": encode((image[..., 0] // 255 * 7).astype(np.uint8))}
     source = images.Images("x", (48, 64), None, 0, Preparation(0.9, mode, "bilinear", (9, 9, 9)), None)
-    item = sources.Item("a", encode(picture), boxes=[[box[1], box[0], box[3], box[2]]], mask=mask)
+    item = sources.Item("a", encode(image), boxes=[[box[1], box[0], box[3], box[2]]], mask=mask)
     _, pixels, _, boxes, labels = source._prepare(item)
     seen = np.argwhere(labels == 7)
     assert np.abs(np.array([*seen.min(0), *(seen.max(0) + 1)]) - boxes[0]).max() <= 1.6
@@ -370,14 +377,14 @@ def test_masks_and_boxes_follow(mode: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 def test_thin_images_are_cropped_first(shape: tuple[int, int], mode: str) -> None:
     how = Preparation(0.9, mode)
-    picture = Image.fromarray(noise(*shape))
-    got = how.apply(picture, (64, 64))[0]
+    image = Image.fromarray(noise(*shape))
+    got = how.apply(image, (64, 64))[0]
     assert got.size == (64, 64)
     if min(shape) > 1 and mode == "center":  # still what timm makes of it
         theirs = create_transform(
             (3, 64, 64), is_training=False, interpolation="bicubic", crop_pct=0.9, normalize=False
         )
-        gap = np.asarray(got, int).transpose(2, 0, 1) - theirs(picture).numpy().astype(int)
+        gap = np.asarray(got, int).transpose(2, 0, 1) - theirs(image).numpy().astype(int)
         assert np.abs(gap).max() <= 1
 
 
@@ -408,17 +415,20 @@ def test_large_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_images_without_masks_leave_the_others_theirs() -> None:
     """A table of parts is the same as without the images that have no mask."""
     rng = np.random.default_rng(0)
-    kinds = results.token_coords(["cls"] + ["patch"] * 6, (2, 3))
+    kinds = arrays.token_coords(["cls"] + ["patch"] * 6, (2, 3))
     a = xr.DataArray(rng.random((8, 1, 2, 1, 7)), dims=("image", "layer", "head", "query", "token"), coords=kinds)
-    ground = rng.choice([0, 0.5, 1], (8, 6))
-    ground[[1, 4]] = np.nan
-    there = np.isfinite(ground).all(1)
-    whole, part = (tables.attention({"m": x}, {"m": g}) for x, g in ((a, ground), (a[there], ground[there])))
+    background = rng.choice([0, 0.5, 1], (8, 6))
+    background[[1, 4]] = np.nan
+    there = np.isfinite(background).all(1)
+    whole, part = (
+        report.attention.attention({"m": x}, {"m": g}) for x, g in ((a, background), (a[there], background[there]))
+    )
     assert whole[1:].equals(part[1:])
     assert whole["mean"].notna().all()
     marked = (a[:, 0, 0, 0] > 0.5).drop_vars("layer", errors="ignore")
     whole, part = (
-        tables.shares({"m": (x, "")}, {"m": g}) for x, g in ((marked, ground), (marked[there], ground[there]))
+        report.tokens.shares({"m": (x, "")}, {"m": g})
+        for x, g in ((marked, background), (marked[there], background[there]))
     )
     assert whole["share"].equals(part["share"])
     assert whole["tokens"].sum() == there.sum() * 6

@@ -1,13 +1,12 @@
-"""Questions on pictures: the right answers from the truth of a scene, worked out once more; real sets on local copies."""
+"""Questions on images: the right answers from the truth of a scene, worked out once more; real sets on local copies."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vitregs import images, scenes
-from vitregs.probes import tasks
-from vitregs.problems import Problem
+from vitregs.data import datasets, images, scenes
+from vitregs.errors import InputError
 
 COUNT = 60
 
@@ -19,12 +18,12 @@ def truth() -> scenes.Scenes:
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, np.ndarray]:
-    return tasks.labels([images.load("scenes", size=(48, 64), count=COUNT)])
+    return datasets.labels([images.load("scenes", size=(48, 64), count=COUNT)])
 
 
 def test_there_are_as_many_tasks_as_data_sets_in_the_table() -> None:
-    assert len(tasks.SCENES) == 14
-    named = [n for n in tasks.SETS if n not in ("Imagenette", "Tiny-ImageNet")]
+    assert len(datasets.SCENES) == 14
+    named = [n for n in datasets.SETS if n not in ("Imagenette", "Tiny-ImageNet")]
     assert len(named) == 14
 
 
@@ -55,9 +54,9 @@ def test_answers_agree_with_the_truth_one_scene_at_a_time(truth: scenes.Scenes, 
         assert set(np.flatnonzero(answers["colours in view"][i])) == {colour[k] for k in seen}
         assert set(np.flatnonzero(answers["shapes in view"][i])) == {shape[k] for k in seen}
     np.testing.assert_array_equal(answers["background"], truth.background)
-    assert tasks.metric("colours in view") == "mAP"
-    assert tasks.metric("colour") == "top1"
-    assert tasks.metric("Pets") == "mean per class"
+    assert datasets.metric("colours in view") == "mAP"
+    assert datasets.metric("colour") == "top1"
+    assert datasets.metric("Pets") == "mean per class"
 
 
 def test_every_task_has_more_than_one_answer(answers: dict[str, np.ndarray]) -> None:
@@ -65,31 +64,31 @@ def test_every_task_has_more_than_one_answer(answers: dict[str, np.ndarray]) -> 
 
 
 def test_labels_are_numbered_by_name_or_index() -> None:
-    assert tasks.number(["b", "a", "b"], "x").tolist() == [1, 0, 1]
-    assert tasks.number([5, 2, 2], "x").tolist() == [1, 0, 0]
-    assert tasks.number([[0, 2], [2], [0]], "x").tolist() == [[True, True], [False, True], [True, False]]
-    assert tasks.number([[0, 1, 1], [1, 0, 0]], "x").tolist() == [[False, True, True], [True, False, False]]
-    with pytest.raises(Problem, match="1 of 2 pictures of x have no label to ask for"):
-        tasks.number([None, 1], "x")
+    assert datasets.number(["b", "a", "b"], "x").tolist() == [1, 0, 1]
+    assert datasets.number([5, 2, 2], "x").tolist() == [1, 0, 0]
+    assert datasets.number([[0, 2], [2], [0]], "x").tolist() == [[True, True], [False, True], [True, False]]
+    assert datasets.number([[0, 1, 1], [1, 0, 0]], "x").tolist() == [[False, True, True], [True, False, False]]
+    with pytest.raises(InputError, match="1 of 2 images of x have no label to ask for"):
+        datasets.number([None, 1], "x")
 
 
-def test_pictures_without_labels_cannot_be_asked(tmp_path: Path) -> None:
+def test_images_without_labels_have_no_task(tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    with pytest.raises(Problem, match=r"1 of 1 pictures of .* have no label to ask for"):
-        tasks.labels([images.load(str(tmp_path), size=32)])
+    with pytest.raises(InputError, match=r"1 of 1 images of .* have no label to ask for"):
+        datasets.labels([images.load(str(tmp_path), size=32)])
 
 
 def test_names_are_checked() -> None:
-    with pytest.raises(Problem, match="unknown task on scenes 'color': did you mean 'colour'"):
-        tasks.labels([images.load("scenes", size=32, count=2)], ["color"])
-    with pytest.raises(Problem, match="unknown data set 'CIFAR10': did you mean 'CIFAR-10'"):
-        tasks.open_set("CIFAR10", size=(32, 32))
-    with pytest.raises(Problem, match="no copy of Places205 on the hub is known: give a folder"):
-        tasks.open_set("Places205", size=(32, 32))
-    with pytest.raises(Problem, match="no folder nowhere/at/all with DTD"):
-        tasks.open_set("DTD", size=(32, 32), folder="nowhere/at/all")
+    with pytest.raises(InputError, match="unknown task on scenes 'color': did you mean 'colour'"):
+        datasets.labels([images.load("scenes", size=32, count=2)], ["color"])
+    with pytest.raises(InputError, match="unknown data set 'CIFAR10': did you mean 'CIFAR-10'"):
+        datasets.open_set("CIFAR10", size=(32, 32))
+    with pytest.raises(InputError, match="no copy of Places205 on the hub is known: give a folder"):
+        datasets.open_set("Places205", size=(32, 32))
+    with pytest.raises(InputError, match="no folder nowhere/at/all with DTD"):
+        datasets.open_set("DTD", size=(32, 32), folder="nowhere/at/all")
 
 
 @pytest.mark.parametrize(
@@ -97,8 +96,10 @@ def test_names_are_checked() -> None:
     [("CIFAR-10", "cifar10", 10), ("Imagenette", "imagenette-224", 10), ("Tiny-ImageNet", "tiny-imagenet", 200)],
 )
 def test_local_copies_open(name: str, folder: str, classes: int, shared_data: Path) -> None:
-    train, test = tasks.open_set(name, size=(32, 48), taught=50, asked=30, folder=str(shared_data / folder))
-    found = tasks.labels([train, test], [name])[name]
+    train, test = datasets.open_set(
+        name, size=(32, 48), train_count=50, test_count=30, folder=str(shared_data / folder)
+    )
+    found = datasets.labels([train, test], [name])[name]
     assert found.shape == (80,)
     assert len(np.unique(found)) <= classes
     assert next(test.pixels(4)).shape == (4, 3, 32, 48)

@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitregs import backbones, capture, results, weights
-from vitregs.problems import Problem
+from vitregs import cache
+from vitregs.errors import InputError
+from vitregs.models import capture, registry, weights
 
 State = dict[str, Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:timm.layers", "ignore:Detected pickle protocol")
 
 
 def problem(call: Callable[..., object], *args: object, **kw: object) -> str:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(InputError) as caught:
         call(*args, **kw)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -59,10 +60,10 @@ def copy(net: Any) -> State:
 # --- every family's layout, against timm loading the same file
 
 
-def renamed(state: State, **words: str) -> State:
+def renamed(state: State, **message: str) -> State:
     out = {}
     for k, v in state.items():
-        for old, new in words.items():
+        for old, new in message.items():
             k = k.replace(old.replace("__", "."), new)
         out[k] = v
     return out
@@ -159,7 +160,7 @@ def test_a_file_is_loaded_as_timm_loads_it(name: str, small: Callable[..., None]
     small(**options)
     patch = timm.create_model(name).patch_embed.patch_size[0]
     torch.save(layout(copy(drawn(name, img_size=side * patch))), tmp_path / "w.pth")
-    ours = backbones.load(name, weights=tmp_path / "w.pth", device="cpu")
+    ours = registry.load(name, weights=tmp_path / "w.pth", device="cpu")
     overlay = {"file": str(tmp_path / "w.pth")}
     if "radio" not in name:
         assert ours.size == (side * patch, side * patch)
@@ -182,11 +183,11 @@ def test_every_binding_of_timm_is_among_these() -> None:
     def kind(name: str) -> tuple[object, ...]:
         sparse = {"num_kv_heads": (None,)} if "sapiens2" in name else {}
         with torch.device("meta"):
-            _, convert = backbones._build(name, depth=1, **sparse)
+            _, convert = registry._build(name, depth=1, **sparse)
         bound = convert if isinstance(convert, partial) else partial(convert)
         return bound.func.__module__, *sorted(bound.keywords.items())
 
-    assert {kind(n) for n in backbones.published()} == {kind(n) for n in FAMILIES}
+    assert {kind(n) for n in registry.published()} == {kind(n) for n in FAMILIES}
 
 
 @torch.no_grad()
@@ -195,7 +196,7 @@ def test_radio_at_a_size_that_is_not_square(small: Callable[..., None], tmp_path
     small(**NARROW)
     name = "vit_base_patch16_radio_v3"
     torch.save(radio(copy(drawn(name, img_size=320))), tmp_path / "w.pth")
-    ours = backbones.load(name, weights=tmp_path / "w.pth", device="cpu")
+    ours = registry.load(name, weights=tmp_path / "w.pth", device="cpu")
     overlay = {"file": str(tmp_path / "w.pth")}
     theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=(96, 160))
     ours.fit((96, 160))
@@ -217,7 +218,7 @@ def test_a_file_keeps_its_own_size(name: str, small: Callable[..., None], tmp_pa
     net = drawn(name, img_size=side)
     headless = {k: v for k, v in copy(net).items() if not k.startswith("head")}
     save_file(headless, tmp_path / "w.safetensors")
-    ours = backbones.load(name, weights=tmp_path / "w.safetensors", device="cpu")
+    ours = registry.load(name, weights=tmp_path / "w.safetensors", device="cpu")
     assert ours.size == (side, side)
     pixels = torch.rand(1, 3, side, side)
     norms = capture.norms(ours, pixels, layers=[-1])
@@ -235,22 +236,22 @@ def test_a_file_keeps_its_own_size(name: str, small: Callable[..., None], tmp_pa
 
 def test_a_grid_that_is_not_square(tmp_path: Path) -> None:
     save_file(copy(drawn("test_vit", img_size=(32, 80))), tmp_path / "w.safetensors")
-    says = problem(backbones.load, "test_vit", weights=tmp_path / "w.safetensors")
-    assert "does not fit test_vit: its position table of 11 rows is no square grid" in says
+    message = problem(registry.load, "test_vit", weights=tmp_path / "w.safetensors")
+    assert "does not fit test_vit: its position table of 11 rows is no square grid" in message
 
 
 def test_another_patch_size_is_refused(small: Callable[..., None], tmp_path: Path) -> None:
     small(**NARROW)
     save_file(copy(drawn("vit_small_patch8_224", img_size=64)), tmp_path / "w.safetensors")
-    says = problem(backbones.load, "vit_small_patch16_224", weights=tmp_path / "w.safetensors")
-    assert "its patches are 8x8 pixels, not 16x16: try vit_small_patch8_224" in says
-    ours = backbones.load("vit_small_patch8_224", weights=tmp_path / "w.safetensors", device="cpu")
+    message = problem(registry.load, "vit_small_patch16_224", weights=tmp_path / "w.safetensors")
+    assert "its patches are 8x8 pixels, not 16x16: try vit_small_patch8_224" in message
+    ours = registry.load("vit_small_patch8_224", weights=tmp_path / "w.safetensors", device="cpu")
     assert ours.patch_size == (8, 8)
 
 
 def test_notes_tell_mean_and_standard_deviation(tmp_path: Path) -> None:
     save_file(copy(drawn("test_vit")), tmp_path / "w.safetensors")
-    ours = backbones.load("test_vit", weights=tmp_path / "w.safetensors")
+    ours = registry.load("test_vit", weights=tmp_path / "w.safetensors")
     assert ours.notes == [
         "mean (0.500, 0.500, 0.500) and standard deviation (0.500, 0.500, 0.500) of pixels as timm has them for test_vit"
     ]
@@ -270,17 +271,17 @@ def test_notes_tell_mean_and_standard_deviation(tmp_path: Path) -> None:
     ],
 )
 def test_cls_is_cls(name: str, labels: list[str]) -> None:
-    from vitregs.probes import pick
+    from vitregs.probes import sampling
 
-    ours = backbones.random(name, **NARROW, img_size=112)
+    ours = registry.random(name, **NARROW, img_size=112)
     p = ours.patch_size[0]
     norms = capture.norms(ours, torch.rand(2, 3, 2 * p, 2 * p), layers=[-1]).isel(layer=0)
     assert norms["label"].values.tolist()[: len(labels)] == labels
     marks = norms > norms.median()
     for seed in range(8):
-        assert (pick.draw(marks, "cls", seeds=[seed]) == 0).all()
+        assert (sampling.draw_tokens(marks, "cls", seeds=[seed]) == 0).all()
     if "reg0" in labels:
-        drawn_ = pick.draw(marks, "register", seeds=range(50))
+        drawn_ = sampling.draw_tokens(marks, "register", seeds=range(50))
         assert set(np.unique(drawn_)) == {i for i, label in enumerate(labels) if label.startswith("reg")}
 
 
@@ -296,7 +297,7 @@ def test_the_final_norm_is_the_models_own(
     """What the head gets of one token alone: timm's own forward pass with all other tokens like it."""
     options = {} if name == "test_vit2" else {**NARROW, "img_size": 56 if "14" in name else 64}
     net = drawn(name, **options)
-    ours = backbones.random(name, **options)
+    ours = registry.random(name, **options)
     ours.net.load_state_dict(net.state_dict())
     pixels = torch.rand(1, 3, *ours.size if not options else (options["img_size"],) * 2)
     kinds = sorted(set(ours.kinds((1, 1))))
@@ -311,7 +312,7 @@ def test_the_final_norm_is_the_models_own(
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_radio_v3", "vit_pe_spatial_small_patch16_512"])
 def test_a_final_norm_that_is_not_there(name: str) -> None:
-    ours = backbones.random(name, depth=1, img_size=64)
+    ours = registry.random(name, depth=1, img_size=64)
     x = torch.rand(1, 3, 64, 64)
     assert "has no final norm to apply" in problem(capture.tokens, ours, x, final_norm=True)
     assert capture.tokens(ours, x).sizes["token"] == 16
@@ -321,7 +322,7 @@ def test_a_final_norm_that_the_file_lacks(small: Callable[..., None], tmp_path: 
     small(**NARROW, img_size=64)
     own = {k: v for k, v in copy(drawn("vit_medium_patch16_reg4_gap_256")).items() if not k.startswith("fc_norm")}
     save_file(own, tmp_path / "w.safetensors")
-    ours = backbones.load("vit_medium_patch16_reg4_gap_256", weights=tmp_path / "w.safetensors")
+    ours = registry.load("vit_medium_patch16_reg4_gap_256", weights=tmp_path / "w.safetensors")
     assert "has no final norm" in problem(ours.final_norm)
     assert "no trained head" in problem(ours.logits, torch.rand(1, 3, 64, 64))
 
@@ -329,8 +330,8 @@ def test_a_final_norm_that_the_file_lacks(small: Callable[..., None], tmp_path: 
 # --- checkpoints as they lie about
 
 
-def prefixed(*words: str) -> Callable[[State], dict[str, Any]]:
-    return lambda s: {"".join(words) + k: v for k, v in s.items()}
+def prefixed(*message: str) -> Callable[[State], dict[str, Any]]:
+    return lambda s: {"".join(message) + k: v for k, v in s.items()}
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[State], Any], str]] = {  # how, and what the notes tell
@@ -362,16 +363,16 @@ CHECKPOINTS: dict[str, tuple[Callable[[State], Any], str]] = {  # how, and what 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_everyday_checkpoints(kind: str, tmp_path: Path) -> None:
-    make, told = CHECKPOINTS[kind]
+    make, printed = CHECKPOINTS[kind]
     own = copy(drawn("test_vit"))
     torch.save(make(own), tmp_path / "w.pth")
-    ours = backbones.load("test_vit", weights=tmp_path / "w.pth", device="cpu")
+    ours = registry.load("test_vit", weights=tmp_path / "w.pth", device="cpu")
     found = ours.net.state_dict()
     body = {k: v for k, v in own.items() if k in found}
     assert found.keys() == body.keys()
     assert len(own) - len(body) in (0, 2)  # a head in some
     assert all(torch.equal(found[k], v) for k, v in body.items())
-    assert any(told in n for n in ours.notes), ours.notes
+    assert any(printed in n for n in ours.notes), ours.notes
 
 
 class Stranger:
@@ -380,8 +381,8 @@ class Stranger:
 
 def test_types_that_are_not_harmless_are_named(tmp_path: Path) -> None:
     torch.save({"model": copy(drawn("test_vit")), "args": Stranger()}, tmp_path / "w.pth")
-    says = problem(backbones.load, "test_vit", weights=tmp_path / "w.pth")
-    assert "holds code besides tensors, which is never run (tests.test_weights.Stranger)" in says
+    message = problem(registry.load, "test_vit", weights=tmp_path / "w.pth")
+    assert "holds code besides tensors, which is never run (tests.test_weights.Stranger)" in message
 
 
 def test_harmless_types_run_nothing() -> None:
@@ -405,16 +406,14 @@ def test_shards_and_folders(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {k: f for f, keys in parts.items() for k in keys}}))
     for path in (index, tmp_path):
-        ours = backbones.load("test_vit", weights=path, device="cpu")
+        ours = registry.load("test_vit", weights=path, device="cpu")
         assert all(torch.equal(v, own[k]) for k, v in ours.net.state_dict().items())
-        assert ours.weights == results.file_hash(*(tmp_path / f for f in parts))
+        assert ours.weights == cache.file_hash(*(tmp_path / f for f in parts))
     (tmp_path / "bin").mkdir()
     torch.save(own, tmp_path / "bin" / "pytorch_model.bin")
-    assert backbones.load("test_vit", weights=tmp_path / "bin").weights == results.file_hash(
-        *(tmp_path / "bin").iterdir()
-    )
+    assert registry.load("test_vit", weights=tmp_path / "bin").weights == cache.file_hash(*(tmp_path / "bin").iterdir())
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    assert "no weight file at" in problem(backbones.load, "test_vit", weights=index)
+    assert "no weight file at" in problem(registry.load, "test_vit", weights=index)
     for text in (
         "{",
         "[]",
@@ -424,28 +423,28 @@ def test_shards_and_folders(tmp_path: Path) -> None:
         '{"weight_map": {"a": 3}}',
     ):
         index.write_text(text)
-        assert "is no index of weight files" in problem(backbones.load, "test_vit", weights=index)
+        assert "is no index of weight files" in problem(registry.load, "test_vit", weights=index)
 
 
 def test_a_head_of_other_classes_is_left_out(tmp_path: Path) -> None:
     own = copy(drawn("test_vit", num_classes=10))
     save_file(own, tmp_path / "w.safetensors")
-    ours = backbones.load("test_vit", weights=tmp_path / "w.safetensors", device="cpu")
+    ours = registry.load("test_vit", weights=tmp_path / "w.safetensors", device="cpu")
     assert "head left out: 10 classes in the file, 1000 expected" in ours.notes
     assert all(torch.equal(v, own[k]) for k, v in ours.net.state_dict().items())
     assert "no trained head" in problem(ours.logits, torch.rand(1, 3, 160, 160))
     save_file(copy(drawn("deit_tiny_distilled_patch16_224", depth=12, num_classes=10)), tmp_path / "d.safetensors")
-    ours = backbones.load("deit_tiny_distilled_patch16_224", weights=tmp_path / "d.safetensors", device="cpu")
+    ours = registry.load("deit_tiny_distilled_patch16_224", weights=tmp_path / "d.safetensors", device="cpu")
     assert ours.net.num_classes == 0
 
 
 def test_an_error_names_the_prefix_seen(tmp_path: Path) -> None:
     save_file(prefixed("detector.trunk.")(copy(drawn("test_vit"))), tmp_path / "w.safetensors")
-    says = problem(backbones.load, "test_vit", weights=tmp_path / "w.safetensors")
-    assert "tensors are missing" in says
-    assert "all its names begin with 'detector.trunk.'" in says
+    message = problem(registry.load, "test_vit", weights=tmp_path / "w.safetensors")
+    assert "tensors are missing" in message
+    assert "all its names begin with 'detector.trunk.'" in message
     (tmp_path / "w.npz").write_bytes(b"")
-    assert "convert JAX weights" in problem(backbones.load, "test_vit", weights=tmp_path / "w.npz")
+    assert "convert JAX weights" in problem(registry.load, "test_vit", weights=tmp_path / "w.npz")
 
 
 # --- Hugging Face's names, each model computed by hand from its own tensors
@@ -538,7 +537,7 @@ def test_names_of_hugging_face(kind: str, small: Callable[..., None], tmp_path: 
     patch = timm.create_model(form["name"]).patch_embed.patch_size[0]
     state = hugging_face(form, patch)
     save_file(state, tmp_path / "model.safetensors")
-    ours = backbones.load(form["name"], weights=tmp_path, device="cpu")
+    ours = registry.load(form["name"], weights=tmp_path, device="cpu")
     assert ours.size == (3 * patch, 3 * patch)
     pixels = torch.rand(2, 3, *ours.size)
     wanted = by_hand(form, state, ours.normalise(pixels))
@@ -587,7 +586,7 @@ def test_names_of_hugging_face_without_a_bias_of_keys(small: Callable[..., None]
     ):
         state |= {f"{theirs}.{part}": own[f"{name}.{part}"] for part in ("weight", "bias")}
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
-    ours = backbones.load("beit_base_patch16_224", weights=tmp_path / "w.safetensors", device="cpu")
+    ours = registry.load("beit_base_patch16_224", weights=tmp_path / "w.safetensors", device="cpu")
     assert ours.size == (64, 64)
     assert all(torch.equal(v, own[k]) for k, v in ours.net.state_dict().items())
 
@@ -617,7 +616,7 @@ def test_names_of_hugging_faces_dinov3(small: Callable[..., None], tmp_path: Pat
     ):
         state |= {f"{theirs}.{part}": own[f"{name}.{part}"] for part in ("weight", "bias")}
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
-    ours = backbones.load("vit_small_patch16_dinov3_qkvb", weights=tmp_path / "w.safetensors", device="cpu")
+    ours = registry.load("vit_small_patch16_dinov3_qkvb", weights=tmp_path / "w.safetensors", device="cpu")
     assert all(torch.equal(v, own[k]) for k, v in ours.net.state_dict().items())
 
 
@@ -646,8 +645,8 @@ def test_names_of_hugging_faces_dinov3(small: Callable[..., None], tmp_path: Pat
     ],
 )
 def test_names_of_other_hubs(name: str, theirs: str) -> None:
-    assert f"{theirs!r}" in problem(backbones.check, name)
-    backbones.check(theirs)
+    assert f"{theirs!r}" in problem(registry.check, name)
+    registry.check(theirs)
 
 
 def test_two_checkpoints_of_one_architecture(tmp_path: Path) -> None:
@@ -656,37 +655,37 @@ def test_two_checkpoints_of_one_architecture(tmp_path: Path) -> None:
         save_file(copy(drawn("test_vit", seed=i)), tmp_path / folder / "last one.safetensors")
     names = [f"test_vit@{tmp_path / folder / 'last one.safetensors'}" for folder in ("a b", "c")]
     for name in names:
-        backbones.check(name)
-        assert backbones.absolute(name) == name
-    ours = [backbones.load(name, device="cpu") for name in names]
+        registry.check(name)
+        assert registry.absolute(name) == name
+    ours = [registry.load(name, device="cpu") for name in names]
     assert [b.name for b in ours] == [f"test_vit@last_one-{b.weights[:6]}" for b in ours]
     assert ours[0].name != ours[1].name
-    assert backbones.random(ours[0].name).depth == ours[0].depth
-    assert "no weight file" in problem(backbones.check, "test_vit@nowhere")
-    assert "did you mean" in problem(backbones.check, names[0].replace("test_vit@", "test_vitt@"))
-    assert "give no others" in problem(backbones.load, names[0], weights=tmp_path / "c" / "last one.safetensors")
+    assert registry.random(ours[0].name).depth == ours[0].depth
+    assert "no weight file" in problem(registry.check, "test_vit@nowhere")
+    assert "did you mean" in problem(registry.check, names[0].replace("test_vit@", "test_vitt@"))
+    assert "give no others" in problem(registry.load, names[0], weights=tmp_path / "c" / "last one.safetensors")
 
 
 def test_a_training_folder_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitregs.pretrain.recipe import Recipe
     from vitregs.probes import transfer
+    from vitregs.train.config import Recipe
 
     recipe = Recipe("own-run", "made by a test", registers=2, image_size=32)
     folder = tmp_path / "runs" / "own-run"
     folder.mkdir(parents=True)
     vit = {**recipe.vit(), "num_classes": 8}
     save_file(timm.models.VisionTransformer(**vit).state_dict(), folder / "weights.safetensors")
-    found = results.file_hash(folder / "weights.safetensors")
+    found = cache.file_hash(folder / "weights.safetensors")
     card = {"recipe": recipe.facts(), "vit": vit, "mean": [0.4] * 3, "std": [0.2] * 3, "weights": found}
     (folder / "recipe.json").write_text(json.dumps(card))
     monkeypatch.chdir(tmp_path)
-    backbones.check("runs/own-run")
-    assert backbones.absolute("runs/own-run") == str(folder)
+    registry.check("runs/own-run")
+    assert registry.absolute("runs/own-run") == str(folder)
     for name in ("runs/own-run", str(folder)):
-        ours = backbones.load(name, device="cpu")
+        ours = registry.load(name, device="cpu")
         assert (ours.name, ours.registers, ours.size, ours.mean) == (f"own-run@{found[:6]}", 2, (32, 32), (0.4,) * 3)
     assert transfer.untrained(ours).registers == 0
     (folder / "weights.safetensors").unlink()
-    assert "no weight file at" in problem(backbones.load, "runs/own-run")
+    assert "no weight file at" in problem(registry.load, "runs/own-run")
     (folder / "recipe.json").write_text("[]")
-    assert "is not a recipe of the zoo: train it again" in problem(backbones.load, "runs/own-run")
+    assert "is not a recipe of the zoo: train it again" in problem(registry.load, "runs/own-run")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitregs.probes.zero import zero_shot
-from vitregs.problems import Problem
+from vitregs.errors import InputError
+from vitregs.probes.zero_shot import zero_shot
 
 rng = np.random.default_rng(0)
 CLASSES, EMBED, WIDTH, COUNT = 7, 5, 9, 60
@@ -14,14 +14,14 @@ PROMPTS = torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((CL
 LABEL = rng.integers(0, CLASSES, COUNT)
 
 
-def pictures(label: np.ndarray) -> np.ndarray:
+def images(label: np.ndarray) -> np.ndarray:
     """CLS tokens of any length whose projection is the prompt of the label."""
     back = np.linalg.pinv(PROJECT.numpy())
     return (PROMPTS.numpy()[label] @ back.T * rng.uniform(0.1, 30, (len(label), 1))).astype(np.float32)
 
 
-def test_pictures_that_lie_on_their_prompt_are_all_right() -> None:
-    found = zero_shot(pictures(LABEL), PROJECT, PROMPTS, LABEL)
+def test_images_that_lie_on_their_prompt_are_all_right() -> None:
+    found = zero_shot(images(LABEL), PROJECT, PROMPTS, LABEL)
     assert (found.score, found.low, found.high, found.n) == (1, 1, 1, COUNT)
     assert found["right"].dims == ("image",)
     assert float(found.chance) == np.bincount(LABEL).max() / COUNT
@@ -43,7 +43,7 @@ def test_any_class_in_view_counts_and_a_slow_count_agrees() -> None:
     assert float(zero_shot(x, PROJECT, PROMPTS, LABEL).score) <= float(found.score)
 
 
-def test_neither_the_order_nor_the_length_of_pictures_matters() -> None:
+def test_neither_the_order_nor_the_length_of_images_matters() -> None:
     x, order = rng.standard_normal((COUNT, WIDTH)).astype(np.float32), rng.permutation(COUNT)
     first = zero_shot(x, PROJECT, PROMPTS, LABEL)
     second = zero_shot(7 * x[order], PROJECT, 3 * PROMPTS, LABEL[order])
@@ -51,16 +51,16 @@ def test_neither_the_order_nor_the_length_of_pictures_matters() -> None:
 
 
 def test_inputs_that_do_not_fit() -> None:
-    x = pictures(LABEL)
-    with pytest.raises(Problem, match="the words belong to another model"):
+    x = images(LABEL)
+    with pytest.raises(InputError, match="the words belong to another model"):
         zero_shot(x[:, :-1], PROJECT, PROMPTS, LABEL)
-    with pytest.raises(Problem, match="the words belong to another model"):
+    with pytest.raises(InputError, match="the words belong to another model"):
         zero_shot(x, PROJECT, PROMPTS[:, :-1], LABEL)
-    with pytest.raises(Problem, match="there are 59 labels for 60 pictures"):
+    with pytest.raises(InputError, match="there are 59 labels for 60 images"):
         zero_shot(x, PROJECT, PROMPTS, LABEL[:-1])
-    with pytest.raises(Problem, match="do not belong to 7 prompts"):
+    with pytest.raises(InputError, match="do not belong to 7 prompts"):
         zero_shot(x, PROJECT, PROMPTS, LABEL + 1)
-    with pytest.raises(Problem, match="marks of 3 classes for 7 prompts"):
+    with pytest.raises(InputError, match="marks of 3 classes for 7 prompts"):
         zero_shot(x, PROJECT, PROMPTS, np.ones((COUNT, 3), bool))
-    with pytest.raises(Problem, match="1 of 60 pictures have no class in view"):
+    with pytest.raises(InputError, match="1 of 60 images have no class in view"):
         zero_shot(x, PROJECT, PROMPTS, np.arange(COUNT)[:, None] > np.zeros(CLASSES))

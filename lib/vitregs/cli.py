@@ -27,12 +27,15 @@ from cyclopts.exceptions import (
     ValidationError,
 )
 
-from vitregs.problems import Interrupted, Problem, unknown
+from vitregs.errors import InputError, Interrupted, unknown
 
 if TYPE_CHECKING:
-    from vitregs import chapters
+    from vitregs.book import parameters
+
 
 COMMANDS = ("diagnose", "run", "train", "models", "scoreboard")
+
+
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -113,10 +116,10 @@ def _run_app() -> App:
 
 
 def _list_chapters() -> None:
-    from vitregs import chapters
+    from vitregs.book import parameters
 
     print("Usage: vitregs run CHAPTER [--out FILE] [--results FOLDER] [--PARAMETER VALUE …]\n\nchapters:")
-    print("\n".join(f"  {name}" for name in chapters.names()))
+    print("\n".join(f"  {name}" for name in parameters.names()))
 
 
 def diagnose(
@@ -158,19 +161,19 @@ def diagnose(
 ) -> None:
     """Does this ViT have artifacts?"""
     if size is not None and len(size) not in (1, 2):
-        raise Problem(f"--size takes a side, or height and width, not {len(size)} numbers")
+        raise InputError(f"--size takes a side, or height and width, not {len(size)} numbers")
     if plot and plot.suffix not in PLOTS:
-        raise Problem(f"--plot writes {', '.join(PLOTS[:-1])} or {PLOTS[-1]}, not {plot.suffix or plot.name!r}")
+        raise InputError(f"--plot writes {', '.join(PLOTS[:-1])} or {PLOTS[-1]}, not {plot.suffix or plot.name!r}")
     if plot:
         _check_can_write(plot)
-    from vitregs import backbones, capture
-    from vitregs import images as sources
-    from vitregs.diagnose import diagnose as look
+    from vitregs.data.images import load
+    from vitregs.measure.diagnose import diagnose
+    from vitregs.models import capture, registry
 
-    backbone = backbones.load(model, weights=weights, device=device)
+    backbone = registry.load(model, weights=weights, device=device)
     shape = (size[0], size[-1]) if size else backbone.size
     backbone.grid(shape)
-    source = sources.load(
+    source = load(
         images,
         size=shape,
         count=count,
@@ -181,7 +184,7 @@ def diagnose(
         full_scale=full_scale,
     )
     queries = None if exact else capture.QUERIES
-    found = look(backbone, source, cut=cutoff, queries=queries, batch=batch, precision=precision)
+    found = diagnose(backbone, source, cut=cutoff, queries=queries, batch=batch, precision=precision)
     print(json.dumps(found.facts(), indent=1) if as_json else found.text(), flush=True)
     if cutoff is not None:
         low = found.layers.loc[found.layers["median"] > cutoff, "layer"].tolist()
@@ -192,38 +195,39 @@ def diagnose(
                 stacklevel=1,
             )
     if plot:  # last: a disk that is full must not cost the report
-        from vitregs import draw
-        from vitregs.results import write_whole
+        from vitregs import report
+        from vitregs.cache import write_whole
 
-        figure = draw.diagnosis(found)
+        figure = report.norms.plot_diagnosis(found)
         write_whole(plot, lambda spare: figure.savefig(spare, format=plot.suffix[1:], dpi=150))
 
 
 def _check_can_write(file: Path) -> None:
-    """Raise Problem for a file that cannot be written, before work is done for it; nothing is made."""
+    """Raise InputError for a file that cannot be written, before work is done for it; nothing is made."""
     there = next(p for p in (file.absolute().parent, *file.absolute().parents) if p.exists())
     if file.is_dir():
-        raise Problem(f"cannot write {file}: it is a folder")
+        raise InputError(f"cannot write {file}: it is a folder")
     if not there.is_dir():
-        raise Problem(f"cannot write {file}: {there.name} is no folder")
+        raise InputError(f"cannot write {file}: {there.name} is no folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise Problem(f"cannot write {file}: no right to write in {there}")
+        raise InputError(f"cannot write {file}: no right to write in {there}")
 
 
 def _chapter(name: str) -> Callable[..., None]:
     """Make the command that runs a chapter: its name → function with an option for each of its parameters."""
-    from vitregs import chapters
+    from vitregs.book import parameters
+    from vitregs.book.execute import run_chapter
 
-    known = chapters.parameters(name)
+    known = parameters.chapter_parameters(name)
 
-    def execute(**given: Any) -> None:
-        from vitregs import results
+    def run(**given: Any) -> None:
+        from vitregs import paths
 
-        out = given.pop("out", None) or results.BUILD / "runs" / f"{name}.ipynb"
+        out = given.pop("out", None) or paths.BUILD / "runs" / f"{name}.ipynb"
         if out.suffix != ".ipynb":
-            raise Problem(f"--out must end in .ipynb, not {out}")
-        stored = given.pop("results", None) or results.BUILD / "results"
-        print(chapters.execute(name, given, out, stored))
+            raise InputError(f"--out must end in .ipynb, not {out}")
+        stored = given.pop("results", None) or paths.BUILD / "results"
+        print(run_chapter(name, given, out, stored))
 
     def option(word: str, kind: Any, default: Any, how: Parameter) -> Argument:
         return Argument(word, Argument.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how])
@@ -233,11 +237,11 @@ def _chapter(name: str) -> Callable[..., None]:
         option("results", Path | None, None, Parameter(help="folder for measured results (default: build/results)")),
     ]
     options = [option(p.name, *_option(p)) for p in known.values()]
-    execute.__signature__ = Signature([*options, *files])  # type: ignore[attr-defined]
-    return execute
+    run.__signature__ = Signature([*options, *files])  # type: ignore[attr-defined]
+    return run
 
 
-def _option(parameter: "chapters.Parameter") -> tuple[Any, Any, Parameter]:
+def _option(parameter: "parameters.Parameter") -> tuple[Any, Any, Parameter]:
     """The option for a chapter's parameter: → type, default, how it is read. Ranges and choices are checked by the chapter."""
     named = Parameter(
         name=f"--{parameter.name}",
@@ -274,8 +278,8 @@ def train(
     """Train a small ViT."""
     from tqdm import tqdm
 
-    from vitregs.pretrain import recipes
-    from vitregs.pretrain.recipe import parse
+    from vitregs.train import recipes
+    from vitregs.train.config import parse
 
     if wanted:
         print("\n".join(_wanted()))
@@ -287,7 +291,7 @@ def train(
         )
         return
     chosen = parse(recipes.recipe(recipe), settings)
-    from vitregs.pretrain import loop
+    from vitregs.train import loop
 
     done = loop.train(
         chosen,
@@ -305,15 +309,15 @@ def train(
 
 def _wanted() -> list[str]:
     """The runs still wanted, most informative first, and how far each is."""
-    from vitregs import backbones
-    from vitregs.pretrain import recipes
+    from vitregs.models import registry
+    from vitregs.train import recipes
 
     lines = []
     for run in recipes.WANTED:
         name, folder = run.recipe.name, Path("runs") / run.recipe.name
         state = (
             "in the zoo"
-            if name in backbones.zoo()
+            if name in registry.zoo()
             else "done"
             if (folder / "recipe.json").exists()
             else "begun"
@@ -328,9 +332,9 @@ def models(
     part: Annotated[str, Parameter(help="show only names that contain this", show_default=False)] = "", /
 ) -> None:
     """List the models that can be named."""
-    from vitregs import backbones
+    from vitregs.models import registry
 
-    ours, theirs = ([n for n in names if part in n] for names in (backbones.zoo(), backbones.published()))
+    ours, theirs = ([n for n in names if part in n] for names in (registry.zoo(), registry.published()))
     print("\n".join(["trained here (data/zoo):", *(f"  {n}" for n in ours), "from timm:", *(f"  {n}" for n in theirs)]))
 
 
@@ -340,10 +344,11 @@ def scoreboard(
     markdown: Annotated[bool, _flag("print the page of the book")] = False,
 ) -> None:
     """Show every claim of the paper, our number and the verdict."""
-    from vitregs import claims
+    from vitregs.claims import ledger
+    from vitregs.claims.scoreboard import listing, page, table
 
-    board = claims.scoreboard(results or claims.RESULTS)
-    print(claims.page(board) if markdown else claims.listing(board))
+    board = table(results or ledger.RESULTS)
+    print(page(board) if markdown else listing(board))
 
 
 def _kind(argument: Any) -> str:
@@ -352,7 +357,7 @@ def _kind(argument: Any) -> str:
     return hint.lower().removesuffix("|none").removeprefix("list[").removesuffix("]")
 
 
-def _problem(error: CycloptsError) -> Problem:
+def _problem(error: CycloptsError) -> InputError:
     """Say in our words what Cyclopts found wrong."""
     chain = list(error.command_chain or ())
     command, name = " ".join(["vitregs", *chain]), error.argument.name if error.argument else ""
@@ -361,10 +366,10 @@ def _problem(error: CycloptsError) -> Problem:
         case UnknownCommandError():
             word = (error.unused_tokens or [""])[0]
             if word.startswith("-"):
-                return Problem(f"unknown argument {word!r}: see vitregs --help")
+                return InputError(f"unknown argument {word!r}: see vitregs --help")
             return unknown("command", word, COMMANDS)
         case UnknownOptionError() if chain == ["run"]:
-            return Problem("name the chapter first: vitregs run CHAPTER --name value")
+            return InputError("name the chapter first: vitregs run CHAPTER --name value")
         case UnknownOptionError():
             known = [n for a in error.argument_collection for n in a.names if n.startswith("--")]
             word = (error.token.keyword or error.token.value).partition("=")[0]
@@ -373,21 +378,21 @@ def _problem(error: CycloptsError) -> Problem:
                 return unknown(f"parameter of {chain[1]}", wrong, {n[2:].replace("-", "_") for n in known})
             return unknown("argument", word, known)
         case UnusedCliTokensError() if in_chapter:
-            return Problem(f"{(error.unused_tokens or [''])[0]!r} stands alone: give parameters as --name value")
+            return InputError(f"{(error.unused_tokens or [''])[0]!r} stands alone: give parameters as --name value")
         case UnusedCliTokensError():
-            return Problem(f"unknown argument {(error.unused_tokens or [''])[0]!r}: see {command} --help")
+            return InputError(f"unknown argument {(error.unused_tokens or [''])[0]!r}: see {command} --help")
         case CoercionError() if error.argument:
             given = [error.token] if error.token else error.argument.tokens
-            return Problem(f"{name} takes {_kind(error.argument)}, not {' '.join(t.value for t in given)!r}")
+            return InputError(f"{name} takes {_kind(error.argument)}, not {' '.join(t.value for t in given)!r}")
         case MissingArgumentError() if name.startswith("-"):
-            return Problem(f"{name} takes one value, not 0")
+            return InputError(f"{name} takes one value, not 0")
         case MissingArgumentError():
-            return Problem(f"the following arguments are required: {name.lower()} (see {command} --help)")
+            return InputError(f"the following arguments are required: {name.lower()} (see {command} --help)")
         case RepeatArgumentError():
-            return Problem(f"{error.token.keyword} is given twice")
+            return InputError(f"{error.token.keyword} is given twice")
         case ValidationError():
-            return Problem(f"{name} {error.exception_message}")
-    return Problem(str(error))
+            return InputError(f"{name} {error.exception_message}")
+    return InputError(str(error))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -397,20 +402,22 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     try:
         if not words:
-            raise Problem(f"the following arguments are required: command ({', '.join(COMMANDS)}; see vitregs --help)")
+            raise InputError(
+                f"the following arguments are required: command ({', '.join(COMMANDS)}; see vitregs --help)"
+            )
         app = _app()
         if words[0] == "run" and words[1:2] in (["-h"], ["--help"]):
             del words[1:]
         if words[0] == "run" and words[1:] and not words[1].startswith("-"):
-            from vitregs import chapters
+            from vitregs.book import parameters
 
-            words[1] = chapters.find(words[1])
+            words[1] = parameters.find(words[1])
             app["run"].command(_chapter(words[1]), name=words[1], help=f"Execute {words[1]}.")
         try:
             app(words, verbose=False)
         except CycloptsError as error:
             raise _problem(error) from error
-    except Problem as problem:
+    except InputError as problem:
         print(f"vitregs: {problem}", file=sys.stderr)
         return 2
     except Interrupted as stop:

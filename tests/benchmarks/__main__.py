@@ -16,8 +16,10 @@ from statistics import median
 
 import torch
 
-from vitregs import backbones, capture, scenes
-from vitregs.pretrain import feeds, objectives, recipes, schedules
+from vitregs.data import scenes
+from vitregs.models import capture, registry
+from vitregs.models.backbone import Backbone
+from vitregs.train import data, learners, recipes, schedules
 
 HERE = Path(__file__).parent
 MODEL = "vit_small_patch14_reg4_dinov2.lvd142m"  # architecture only: random weights
@@ -50,7 +52,7 @@ def peak(what: str, side: int, batch: int) -> float:
 
 def work(what: str, side: int, batch: int) -> Callable[[], object]:
     """Prepare one measured piece of work: plain forward, norms or attention rows."""
-    backbone = backbones.random(MODEL, img_size=side)
+    backbone = registry.random(MODEL, img_size=side)
     pixels = torch.rand(batch, 3, side, side)
     backbone.fit((side, side))
     tasks: dict[str, Callable[[], object]] = {
@@ -64,8 +66,8 @@ def work(what: str, side: int, batch: int) -> Callable[[], object]:
 def rendering() -> float:
     """Time to render one batch over the time of a whole training step without it (eager, bf16), median of ten each."""
     chosen = recipes.recipe("supervised-pico")
-    feed = feeds.make(chosen, torch.device("cpu"))
-    learner = objectives.learner(chosen, feed)
+    feed = data.make(chosen, torch.device("cpu"))
+    learner = learners.learner(chosen, feed)
     optimizer = schedules.optimiser(learner, chosen)
     times: list[list[float]] = [[], []]
     for i in range(10):
@@ -83,7 +85,7 @@ def rendering() -> float:
 
 
 @torch.no_grad()
-def plain(backbone: backbones.Backbone, pixels: torch.Tensor) -> torch.Tensor:
+def plain(backbone: Backbone, pixels: torch.Tensor) -> torch.Tensor:
     """timm's own forward pass on the same normalised batch."""
     return backbone.net.forward_features(backbone.normalise(pixels))  # type: ignore[operator]
 

@@ -1,4 +1,4 @@
-"""LOST in batches against one picture at a time, side by side in one run: `python -m tests.benchmarks.discovery`.
+"""LOST in batches against one image at a time, side by side in one run: `python -m tests.benchmarks.discovery`.
 
 The plain version is an independent transcription of the protocol, with torch's products and scipy's components. Every
 row is the median over alternating rounds, which cancels the drift of the machine; both give the same boxes, or it stops.
@@ -14,15 +14,15 @@ import torch
 import xarray as xr
 from scipy import ndimage
 
-from vitregs import discovery
-from vitregs.backbones import pick_device
-from vitregs.results import token_coords
+from vitregs.arrays import token_coords
+from vitregs.measure import lost
+from vitregs.models.registry import pick_device
 
 PATCH = (14, 14)
 
 
 def one_by_one(features: torch.Tensor, shape: tuple[int, int]) -> list[list[int]]:
-    """Boxes of pictures (n, patches, channels), one after the other, as the protocol reads."""
+    """Boxes of images (n, patches, channels), one after the other, as the protocol reads."""
     boxes = []
     for x in features:
         gram = x @ x.T
@@ -61,15 +61,15 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def row(n: int, shape: tuple[int, int], channels: int, device: str, rounds: int) -> str:
-    """Measure one size of picture: → a row of the table, in milliseconds a picture."""
+    """Measure one size of image: → a row of the table, in milliseconds an image."""
     given = features(n, shape, channels)
     x = torch.from_numpy(given.values).to(device)
-    found = discovery.lost(given, patch_size=PATCH, device=device)
+    found = lost.lost(given, patch_size=PATCH, device=device)
     if found["box"].values.tolist() != one_by_one(x, shape):
         raise SystemExit("the two versions disagree: the times mean nothing")
     tasks = (
         lambda: one_by_one(x, shape),
-        lambda: discovery.lost(given, patch_size=PATCH, device=device),
+        lambda: lost.lost(given, patch_size=PATCH, device=device),
         lambda: [a @ a.T for a in x],
     )
     times = np.array([[seconds(task, device) for task in tasks] for _ in range(rounds)]) / n * 1000
@@ -84,8 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     device = str(pick_device(parser.parse_args().device))
-    print(f"LOST on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds a picture\n")
-    print("| tokens | width | pictures | one by one | batched | Gram products alone | batched / one by one |")
+    print(f"LOST on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds an image\n")
+    print("| tokens | width | images | one by one | batched | Gram products alone | batched / one by one |")
     print("|---|---|---|---|---|---|---|")
     for n, shape, channels in ((64, (8, 8), 192), (64, (14, 14), 384), (16, (37, 37), 384)):
         print(row(n, shape, channels, device, rounds=9))

@@ -35,11 +35,13 @@ def paint(folder: Path, count: int, side: int) -> None:
 
 def work(what: str, folder: str, side: int, batch: int) -> None:
     """Do one thing once and print seconds and peak memory in MiB."""
-    from vitregs import backbones, discovery, images
-    from vitregs.diagnose import diagnose
+    from vitregs.data import images
+    from vitregs.measure import lost
+    from vitregs.measure.diagnose import diagnose
+    from vitregs.models import registry
     from vitregs.probes import local
 
-    backbone = backbones.random(MODEL, img_size=side)
+    backbone = registry.random(MODEL, img_size=side)
 
     def plain(source: images.Images) -> None:
         net: Any = backbone.net
@@ -50,7 +52,7 @@ def work(what: str, folder: str, side: int, batch: int) -> None:
     tasks: dict[str, Callable[[images.Images], object]] = {
         "plain": plain,
         "diagnose": lambda source: diagnose(backbone, source, batch=batch),
-        "study": lambda source: discovery.study(backbone, source),
+        "study": lambda source: lost.evaluate(backbone, source),
         "probe": lambda source: local.probe(backbone, source, batch=batch),
     }
     plain(images.load(folder, size=side, count=1))
@@ -61,7 +63,7 @@ def work(what: str, folder: str, side: int, batch: int) -> None:
 
 def apart(what: str, folder: str, side: int, batch: int, checkout: Path) -> tuple[float, float]:
     """The same in a fresh process that imports a checkout: → seconds, MiB."""
-    words = [
+    message = [
         sys.executable,
         str(Path(__file__)),
         "--do",
@@ -74,7 +76,7 @@ def apart(what: str, folder: str, side: int, batch: int, checkout: Path) -> tupl
         str(batch),
     ]
     paths = os.environ | {"PYTHONPATH": str(checkout / "lib")}
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=paths)
+    done = subprocess.run(message, capture_output=True, text=True, check=True, env=paths)
     seconds, memory = done.stdout.split()[-2:]
     return float(seconds), float(memory)
 

@@ -19,7 +19,7 @@ COUNT, WIDTH, CLASSES, EVERY = 10_000, 384, 10, 5
 
 
 def features() -> tuple[np.ndarray, np.ndarray]:
-    """Features whose directions differ in spread by a factor of ten, as those of a ViT do, and their classes."""
+    """Features whose directions differ in standard deviation by a factor of ten, as those of a ViT do, and their classes."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, CLASSES, COUNT)
     centre = 0.3 * rng.normal(size=(CLASSES, WIDTH))

@@ -13,9 +13,10 @@ from statistics import median
 
 import torch
 
-from vitregs import backbones, scenes
-from vitregs.pretrain import loop
-from vitregs.pretrain.recipes import recipe
+from vitregs.data import scenes
+from vitregs.models import registry
+from vitregs.train import loop
+from vitregs.train.recipes import recipe
 
 ON_CPU = {  # recipe: batch, steps
     "supervised-pico": (16, 20),
@@ -57,7 +58,7 @@ def main() -> None:
     """Measure everything and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="auto")
-    device = backbones.pick_device(parser.parse_args().device)
+    device = registry.pick_device(parser.parse_args().device)
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"a CPU, {torch.get_num_threads()} threads"
     lines = [

@@ -1,8 +1,8 @@
 """Dense probes: what the patch tokens tell of every pixel, by one linear layer (Table 2a, Fig 8).
 
 The head is a batch normalisation and a 1x1 convolution (sections 2.6, 2.7). Both are linear, so they act on patches, and
-what they say is interpolated to the pixels. Each step sees some pictures and some pixels of each, which leaves the mean
-of the loss as it is and its cost small. The statistics of the normalisation are those of all teaching tokens.
+what they say is interpolated to the pixels. Each step sees some images and some pixels of each, which leaves the mean
+of the loss as it is and its cost small. The statistics of the normalisation are those of all training tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,37 +13,49 @@ import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor, nn
 
-from vitregs import artifacts
-from vitregs.problems import Problem, unknown
+from vitregs import arrays
+from vitregs.errors import InputError, unknown
 
-SHARE = 2 / 3  # of the pictures teach, the first ones
-STEPS, BATCH = 400, 16  # the paper's heads see 40,000 steps of 16 pictures
-POINTS = 64  # pixels that a step draws in each picture
+SHARE = 2 / 3  # of the images are trained on, the first ones
+
+
+STEPS, BATCH = 400, 16  # the paper's heads see 40,000 steps of 16 images
+
+
+POINTS = 64  # pixels that a step draws in each image
+
+
 RATE, DECAY, WARM = 3e-2, 1e-4, 0.04  # of AdamW: largest rate, weight decay, part of the steps in which the rate rises
+
+
 HEADS = ("relu", "softmax")  # of depth
+
+
 LIMIT = 2**21  # numbers in one block of interpolated scores: bounds the memory, and stays near the cache
+
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def _teach(count: int, share: float) -> np.ndarray:
-    """Which pictures teach: the first ones. Raises Problem for fewer than two on either side."""
+def _train_mask(count: int, share: float) -> np.ndarray:
+    """Which images are trained on: the first ones. Raises InputError for fewer than two on either side."""
     if not 0 < share < 1:
-        raise Problem(f"the share of pictures that teach must lie between 0 and 1, not {share}")
-    teach = np.arange(count) < round(share * count)
-    if min(teach.sum(), (~teach).sum()) < 2:
-        raise Problem(f"{count} pictures are too few to teach with some and score others")
-    return teach
+        raise InputError(f"the share of training images must lie between 0 and 1, not {share}")
+    train = np.arange(count) < round(share * count)
+    if min(train.sum(), (~train).sum()) < 2:
+        raise InputError(f"{count} images are too few to train on some and test on others")
+    return train
 
 
 def _maps(features: xr.DataArray) -> np.ndarray:
-    """Patch tokens folded into maps: [image, token, channel] → (images, rows, columns, channels). Raises Problem for others."""
+    """Patch tokens folded into maps: [image, token, channel] → (images, rows, columns, channels). Raises InputError
+    for others."""
     if bool((features["kind"] != "patch").any()):
-        raise Problem("dense probes ask patch tokens only: leave CLS and registers out")
+        raise InputError("dense probes take patch tokens only: leave CLS and registers out")
     rows, columns = int(features["y"].max()) + 1, int(features["x"].max()) + 1
     values = features.transpose("image", "token", "channel").values
     if not np.isfinite(values).all():
-        raise Problem("the features are not finite: the weights or the pixels are broken")
+        raise InputError("the features are not finite: the weights or the pixels are broken")
     return values.reshape(len(values), rows, columns, -1)
 
 
@@ -51,15 +63,15 @@ def _truth(maps: np.ndarray, given: Sequence[np.ndarray | None] | np.ndarray, wh
     """Check masks or depths against maps (images, rows, columns, channels): → (images, H, W)."""
     missing = sum(g is None for g in given)
     if missing:
-        raise Problem(f"{missing} of {len(given)} pictures have no {what}: keep those that have one")
+        raise InputError(f"{missing} of {len(given)} images have no {what}: keep those that have one")
     if len(given) != len(maps):
-        raise Problem(f"there are {what}s of {len(given)} pictures for features of {len(maps)}")
+        raise InputError(f"there are {what}s of {len(given)} images for features of {len(maps)}")
     sizes = {np.asarray(g).shape for g in given}
     rows, columns = maps.shape[1:3]
     for size in sizes:
         if len(sizes) > 1 or len(size) != 2 or size[0] % rows or size[1] % columns:
             shown = " and ".join("x".join(map(str, s)) for s in sorted(sizes)[:2])
-            raise Problem(f"a {what} of {shown} pixels does not fit a grid of {rows}x{columns} patches")
+            raise InputError(f"a {what} of {shown} pixels does not fit a grid of {rows}x{columns} patches")
     return np.stack([np.asarray(g) for g in given])
 
 
@@ -87,10 +99,10 @@ class _Head(nn.Module):
 
 
 def _fit(x: Tensor, truth: Tensor, outputs: int, loss: Loss, *, steps: int, seed: int) -> _Head:
-    """Teach a head by AdamW: maps (n, rows, columns, channels), truth (n, H, W), loss of scores (b, pixels, outputs) and truth →
-    _Head. Raises Problem for no steps."""
+    """Train a head by AdamW: maps (n, rows, columns, channels), truth (n, H, W), loss of scores (b, pixels, outputs) and truth →
+    _Head. Raises InputError for no steps."""
     if steps < 1:
-        raise Problem(f"steps must be 1 or more, not {steps}")
+        raise InputError(f"steps must be 1 or more, not {steps}")
     (n, rows, columns, _), (height, width) = x.shape, truth.shape[1:]
     down, across = (_along(*s).to(x.device) for s in ((rows, height), (columns, width)))
     rng = np.random.default_rng(seed)
@@ -102,9 +114,9 @@ def _fit(x: Tensor, truth: Tensor, outputs: int, loss: Loss, *, steps: int, seed
         pick = torch.from_numpy(rng.permutation(n)[:BATCH]).to(x.device)
         y, z = (torch.from_numpy(rng.integers(0, s, (len(pick), POINTS))).to(x.device) for s in (height, width))
         weights = (down[y][..., :, None] * across[z][..., None, :]).flatten(2)
-        said = weights @ head(normal[pick]).flatten(1, 2)
+        predicted = weights @ head(normal[pick]).flatten(1, 2)
         optimiser.zero_grad()
-        loss(said, truth[pick[:, None], y, z]).backward()
+        loss(predicted, truth[pick[:, None], y, z]).backward()
         optimiser.step()
     return head.requires_grad_(False)
 
@@ -121,7 +133,7 @@ def _everywhere(head: _Head, x: Tensor, size: tuple[int, int], reduce: Callable[
 
 def miou(counts: np.ndarray, axis: int = 0) -> np.ndarray:
     """Mean intersection over union of the classes that occur in truth or prediction: counts (…, 2, classes) of pixels that agree
-    and of both sides together, summed over an axis of pictures first → (…)."""
+    and of both sides together, summed over an axis of images first → (…)."""
     total = counts.sum(axis)
     both, union = total[..., 0, :], total[..., 1, :] - total[..., 0, :]
     share = np.divide(both, union, out=np.zeros(both.shape), where=union > 0)
@@ -129,13 +141,13 @@ def miou(counts: np.ndarray, axis: int = 0) -> np.ndarray:
 
 
 def counts(confusion: np.ndarray) -> np.ndarray:
-    """What `miou` needs of confusion matrices: (images, truth, said) → (images, 2, classes)."""
+    """What `miou` needs of confusion matrices: (images, truth, predicted) → (images, 2, classes)."""
     return np.stack([np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(1) + confusion.sum(2)], 1).astype(float)
 
 
-def _confusion(true: np.ndarray, said: np.ndarray, valid: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels by class and by what was said, for every picture: (n, H, W) each → (n, truth, said)."""
-    pair = true.astype(np.int64) * classes + said
+def _confusion(true: np.ndarray, predicted: np.ndarray, valid: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels by true and by predicted class, for every image: (n, H, W) each → (n, truth, predicted)."""
+    pair = true.astype(np.int64) * classes + predicted
     found = [np.bincount(p[v], minlength=classes**2) for p, v in zip(pair, valid, strict=True)]
     return np.stack(found).reshape(-1, classes, classes).astype(np.int32)
 
@@ -146,11 +158,11 @@ def from_shares(masks: np.ndarray, grid: tuple[int, int], classes: int) -> np.nd
     (rows, columns), (n, height, width) = grid, masks.shape
     cut = masks.reshape(n, rows, height // rows, columns, width // columns)
     share = np.stack([(cut == k).mean((2, 4), dtype=np.float32) for k in range(classes)], 1)
-    said = [
+    predicted = [
         F.interpolate(s[None], size=(height, width), mode="bilinear", align_corners=False)[0].argmax(0)
         for s in torch.from_numpy(share)
     ]
-    return torch.stack(said).numpy()
+    return torch.stack(predicted).numpy()
 
 
 def segment(
@@ -165,72 +177,72 @@ def segment(
     device: str | torch.device = "cpu",
 ) -> xr.Dataset:
     """Linear segmentation with frozen features: patch tokens [image, token, channel], masks (images, H, W) of class indices,
-    how many classes, a class that is no truth, part of the pictures that teaches → Dataset (section 2.6, Table 2a).
+    how many classes, a class that is no truth, share of training images → Dataset (section 2.6, Table 2a).
 
-    miou in [0, 1] over the pixels of the pictures that do not teach, low, high (95 % over pictures, drawn with all their pixels),
+    miou in [0, 1] over the pixels of the test images, low, high (95 % over images, drawn with all their pixels),
     iou[class] (nan where absent), chance (always the most frequent class), shares (the masks of `from_shares`), n, and confusion
-    [image, truth, said] in pixels. Raises Problem for masks that are missing, of another size than the grid allows or with
-    classes that do not exist, one class only, too few pictures, and features that are not finite.
+    [image, truth, predicted] in pixels. Raises InputError for masks that are missing, of another size than the grid
+    allows or with classes that do not exist, one class only, too few images, and features that are not finite.
     """
     maps = _maps(features)
     true = _truth(maps, masks, "mask").astype(np.int64)
     valid = np.ones(true.shape, bool) if ignore is None else true != ignore
-    teach = _teach(len(maps), share)
+    train = _train_mask(len(maps), share)
     kinds = np.unique(true[valid])
     if len(kinds) and not 0 <= kinds[0] <= kinds[-1] < classes:
-        raise Problem(
+        raise InputError(
             f"a mask holds class {kinds[-1] if kinds[-1] >= classes else kinds[0]}: there are {classes} classes"
         )
-    usual = np.bincount(true[teach][valid[teach]], minlength=classes)
-    if (usual > 0).sum() < 2 or not valid[~teach].any():
-        raise Problem("the masks show one class only, or none: there is nothing to tell apart")
+    usual = np.bincount(true[train][valid[train]], minlength=classes)
+    if (usual > 0).sum() < 2 or not valid[~train].any():
+        raise InputError("the masks show one class only, or none: there is nothing to tell apart")
     x, y = torch.from_numpy(maps).float().to(device), torch.from_numpy(np.where(valid, true, -1)).to(device)
     shut = torch.from_numpy(np.where(np.arange(classes) == ignore, -torch.inf, 0.0)).float().to(device)
 
-    def loss(said: Tensor, here: Tensor) -> Tensor:
-        total = F.cross_entropy((said + shut).flatten(0, 1), here.flatten(), ignore_index=-1, reduction="sum")
+    def loss(predicted: Tensor, here: Tensor) -> Tensor:
+        total = F.cross_entropy((predicted + shut).flatten(0, 1), here.flatten(), ignore_index=-1, reduction="sum")
         return total / (here >= 0).sum().clamp(min=1)
 
-    head = _fit(x[teach], y[teach], classes, loss, steps=steps, seed=seed)
-    said = _everywhere(head, x[~teach], true.shape[1:], lambda s: (s + shut).argmax(-1))
-    confusion = _confusion(true[~teach], said, valid[~teach], classes)
-    value, low, high = artifacts.interval(counts(confusion), draws=1000, of=miou)
-    always = np.full_like(said, usual.argmax())
-    best = from_shares(np.where(valid, true, classes)[~teach], maps.shape[1:3], classes)
-    each = [miou(counts(_confusion(true[~teach], s, valid[~teach], classes))) for s in (always, best)]
+    head = _fit(x[train], y[train], classes, loss, steps=steps, seed=seed)
+    predicted = _everywhere(head, x[~train], true.shape[1:], lambda s: (s + shut).argmax(-1))
+    confusion = _confusion(true[~train], predicted, valid[~train], classes)
+    value, low, high = arrays.bootstrap_interval(counts(confusion), draws=1000, of=miou)
+    always = np.full_like(predicted, usual.argmax())
+    best = from_shares(np.where(valid, true, classes)[~train], maps.shape[1:3], classes)
+    baselines = [miou(counts(_confusion(true[~train], s, valid[~train], classes))) for s in (always, best)]
     summed = confusion.sum(0, dtype=np.int64)
     union = summed.sum(0) + summed.sum(1) - np.diagonal(summed)
-    numbers = {"miou": value, "low": low, "high": high, "chance": float(each[0]), "shares": float(each[1])}
+    numbers = {"miou": value, "low": low, "high": high, "chance": float(baselines[0]), "shares": float(baselines[1])}
     return xr.Dataset(
         {k: ((), v) for k, v in numbers.items()}
         | {
-            "n": ((), len(said)),
+            "n": ((), len(predicted)),
             "iou": ("class", np.where(union > 0, np.diagonal(summed) / np.maximum(union, 1), np.nan)),
-            "confusion": (("image", "truth", "said"), confusion),
+            "confusion": (("image", "truth", "predicted"), confusion),
         },
-        coords={"image": np.flatnonzero(~teach)},
+        coords={"image": np.flatnonzero(~train)},
     )
 
 
-def _expect(said: Tensor, centres: Tensor) -> Tensor:
+def _expect(predicted: Tensor, centres: Tensor) -> Tensor:
     """Depth from scores (…, bins), which it spoils: bins weighted by relu + 0.1, normalised linearly (section 2.7)."""
-    sums = said.relu_() @ torch.stack([centres, torch.ones_like(centres)], 1)
+    sums = predicted.relu_() @ torch.stack([centres, torch.ones_like(centres)], 1)
     return (sums[..., 0] + 0.1 * centres.sum()) / (sums[..., 1] + 0.1 * len(centres))
 
 
-def scale_invariant(said: Tensor, true: Tensor) -> Tensor:
+def scale_invariant(predicted: Tensor, true: Tensor) -> Tensor:
     """Scale-invariant logarithmic loss of depths, of any shape: sqrt(var(g) + 0.15 mean(g)²), g = log(said / true) (section
     2.7; its warm-up and the gradient term of weight 0.5, which needs neighbouring pixels, are left out)."""
-    g = said.log() - true.log()
+    g = predicted.log() - true.log()
     return (g.var() + 0.15 * g.mean().square() + 1e-8).sqrt()
 
 
-def _two_bins(said: Tensor, true: Tensor, low: float, high: float) -> Tensor:
+def _two_bins(predicted: Tensor, true: Tensor, low: float, high: float) -> Tensor:
     """Cross-entropy of depths shared out between the two nearest bins: scores (…, bins), depths (…) → mean."""
-    place = (true - low) / (high - low) * (said.shape[-1] - 1)
-    first = place.floor().long().clamp(max=said.shape[-1] - 2)
+    place = (true - low) / (high - low) * (predicted.shape[-1] - 1)
+    first = place.floor().long().clamp(max=predicted.shape[-1] - 2)
     part = (place - first)[..., None]
-    logs = said.log_softmax(-1)
+    logs = predicted.log_softmax(-1)
     near, far = (logs.gather(-1, first[..., None] + i) for i in (0, 1))
     return -((1 - part) * near + part * far).mean()
 
@@ -254,43 +266,43 @@ def estimate_depth(
 
     The head "relu" is the paper's: bins weighted by relu + 0.1, and a scale-invariant loss. "softmax" weighs them by a softmax
     and learns by cross-entropy, which is convex: short trainings end in the same place, where those of "relu" differ by several
-    per cent. rmse in the unit of the depths: mean over pictures that do not teach of the root mean square over their pixels, with
-    low_rmse and high_rmse (95 % over pictures), error[image], n; constant and position: the same for the mean depth of the
-    teaching pictures, and for their mean at each pixel. Raises Problem as `segment` does, for depths outside low to high, and for
-    an unknown head.
+    per cent. rmse in the unit of the depths: mean over test images of the root mean square over their pixels, with
+    low_rmse and high_rmse (95 % over images), error[image], n; constant and position: the same for the mean depth of the
+    training images, and for their mean at each pixel. Raises InputError as `segment` does, for depths outside low to
+    high, and for an unknown head.
     """
     if head not in HEADS:
         raise unknown("head", head, HEADS)
     maps = _maps(features)
     true = _truth(maps, depth, "depth map").astype(np.float32)
-    teach = _teach(len(maps), share)
+    train = _train_mask(len(maps), share)
     if not 0 < low < high or bins < 2:
-        raise Problem(f"depths need two bins or more and 0 < low < high, not {bins} bins from {low} to {high}")
+        raise InputError(f"depths need two bins or more and 0 < low < high, not {bins} bins from {low} to {high}")
     if not (np.isfinite(true).all() and low <= true.min() and true.max() <= high):
-        raise Problem(f"depths of {true.min():g} to {true.max():g} lie outside the bins from {low:g} to {high:g}")
+        raise InputError(f"depths of {true.min():g} to {true.max():g} lie outside the bins from {low:g} to {high:g}")
     if cls is not None:
         if cls.sizes["image"] != len(maps):
-            raise Problem(f"there are CLS tokens of {cls.sizes['image']} pictures for features of {len(maps)}")
+            raise InputError(f"there are CLS tokens of {cls.sizes['image']} images for features of {len(maps)}")
         token = cls.transpose("image", "token", "channel").values[:, :1, None]
         maps = np.concatenate([maps, np.broadcast_to(token, (*maps.shape[:3], token.shape[-1]))], -1)
     x, y = torch.from_numpy(maps).float().to(device), torch.from_numpy(true).to(device)
     centres = torch.linspace(low, high, bins, device=device)
 
-    def expect(said: Tensor) -> Tensor:
-        return _expect(said, centres) if head == "relu" else said.softmax(-1) @ centres
+    def expect(predicted: Tensor) -> Tensor:
+        return _expect(predicted, centres) if head == "relu" else predicted.softmax(-1) @ centres
 
-    def loss(said: Tensor, here: Tensor) -> Tensor:
-        return scale_invariant(expect(said), here) if head == "relu" else _two_bins(said, here, low, high)
+    def loss(predicted: Tensor, here: Tensor) -> Tensor:
+        return scale_invariant(expect(predicted), here) if head == "relu" else _two_bins(predicted, here, low, high)
 
-    def each(guess: np.ndarray) -> np.ndarray:
-        return np.sqrt(np.square(guess - true[~teach], dtype=np.float64).mean((1, 2)))
+    def image_rmse(guess: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.square(guess - true[~train], dtype=np.float64).mean((1, 2)))
 
-    taught = _fit(x[teach], y[teach], bins, loss, steps=steps, seed=seed)
-    error = each(_everywhere(taught, x[~teach], true.shape[1:], expect))
-    value, least, most = artifacts.interval(error)
+    trained = _fit(x[train], y[train], bins, loss, steps=steps, seed=seed)
+    error = image_rmse(_everywhere(trained, x[~train], true.shape[1:], expect))
+    value, least, most = arrays.bootstrap_interval(error)
     numbers = {"rmse": value, "low_rmse": least, "high_rmse": most}
-    numbers |= {"constant": each(true[teach].mean()).mean(), "position": each(true[teach].mean(0)).mean()}
+    numbers |= {"constant": image_rmse(true[train].mean()).mean(), "position": image_rmse(true[train].mean(0)).mean()}
     return xr.Dataset(
         {k: ((), float(v)) for k, v in numbers.items()} | {"n": ((), len(error)), "error": ("image", error)},
-        coords={"image": np.flatnonzero(~teach)},
+        coords={"image": np.flatnonzero(~train)},
     )

@@ -12,13 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitregs.problems import Problem
+from vitregs.errors import InputError
 
 GRID = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))  # C of DINOv2's own evaluation (section 2.4)
+
+
 MEMORY, LONGEST = 12, 1000  # pairs that L-BFGS keeps; steps before it gives up
+
+
 CLOSE = 1e-6  # expected decrease of the loss under which a problem is solved
+
+
 SUFFICIENT = 1e-4  # Armijo's constant
+
+
 LARGEST = 2**26  # numbers in one block of logits: bounds the memory
+
+
 HELD = 0.1  # part of the training set on which the strength is chosen
 
 
@@ -40,20 +50,20 @@ class Path:
 def check(x: Tensor, y: Tensor) -> int:
     """Number of classes in features (n, d) and labels: classes (n,) or marks (n, k) of which several can hold.
 
-    Raises Problem for labels of another number, missing labels (below 0), one class only, and values that are not finite.
+    Raises InputError for labels of another number, missing labels (below 0), one class only, and values that are not finite.
     """
     if len(x) != len(y):
-        raise Problem(f"there are {len(y)} labels for {len(x)} pictures")
+        raise InputError(f"there are {len(y)} labels for {len(x)} images")
     if not x.isfinite().all():
-        raise Problem("the features are not finite: the weights or the pixels are broken")
+        raise InputError("the features are not finite: the weights or the pixels are broken")
     if y.ndim == 2:
         if not (y.any(0) & ~y.all(0)).any():
-            raise Problem("no label is true for some pictures and false for others: there is nothing to tell apart")
+            raise InputError("no label is true for some images and false for others: there is nothing to tell apart")
         return y.shape[1]
     if bool((y < 0).any()):
-        raise Problem(f"{int((y < 0).sum())} of {len(y)} pictures have no label")
+        raise InputError(f"{int((y < 0).sum())} of {len(y)} images have no label")
     if len(y.unique()) < 2:
-        raise Problem("all pictures have the same label: there is nothing to tell apart")
+        raise InputError("all images have the same label: there is nothing to tell apart")
     return int(y.max()) + 1
 
 
@@ -61,19 +71,19 @@ def path(x: Tensor, y: Tensor, strengths: Sequence[float] = GRID) -> Path:
     """Fit all strengths C: features (n, d), labels as in `check` → Path, minimising mean loss + |W|² / (2 C n).
 
     Softmax over classes (n,), or a sigmoid for each of the marks (n, k); the bias is free, as in scikit-learn. Raises
-    Problem as `check` does and for strengths that are not positive.
+    InputError as `check` does and for strengths that are not positive.
     """
     classes = check(x, y)
     if not strengths or min(strengths) <= 0:
-        raise Problem(f"strengths must be positive, not {list(strengths)}")
+        raise InputError(f"strengths must be positive, not {list(strengths)}")
     grid = torch.tensor(strengths, device=x.device, dtype=torch.float64)
     mean = x.double().mean(0)
     centred = x.double() - mean
-    spread, turn = torch.linalg.eigh(centred.T @ centred / len(x))
-    task = _Task((centred @ turn).float(), y, (1 / (grid * len(x))).float(), classes)
-    step = task.scale(spread.clamp(min=0).float())
+    eigenvalues, eigenvectors = torch.linalg.eigh(centred.T @ centred / len(x))
+    task = _Task((centred @ eigenvectors).float(), y, (1 / (grid * len(x))).float(), classes)
+    step = task.scale(eigenvalues.clamp(min=0).float())
     found, loss, steps = _minimise(task, step)
-    weight = turn.float() @ found[:, :-1]
+    weight = eigenvectors.float() @ found[:, :-1]
     return Path(grid, weight, found[:, -1] - mean.float() @ weight, loss, steps)
 
 
@@ -86,10 +96,10 @@ class _Task:
         self.many = y.ndim == 2
         self.shape = (len(penalty), self.z.shape[1], classes)
 
-    def scale(self, spread: Tensor) -> Tensor:
+    def scale(self, eigenvalues: Tensor) -> Tensor:
         """Inverse of the curvature's diagonal at even odds: variances (d,) → (g, d + 1, 1)."""
         even = 0.25 if self.many else 1 / self.classes
-        inside = torch.cat([even * spread, spread.new_full((1,), even)])
+        inside = torch.cat([even * eigenvalues, eigenvalues.new_full((1,), even)])
         bias_free = torch.ones_like(inside)
         bias_free[-1] = 0
         return (1 / (inside + self.penalty[:, None] * bias_free).clamp(min=1e-12))[:, :, None]

@@ -1,8 +1,8 @@
-"""Everything that Table 2 asks of a network, from one pass over the pictures: classes, segments, depth, words."""
+"""Everything that Table 2 measures on a network, from one pass over the images: classes, segmentation, depth, zero-shot."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,63 +10,53 @@ import timm
 import torch
 import xarray as xr
 
-from vitregs import artifacts, backbones, capture, scenes
-from vitregs.backbones import Backbone
-from vitregs.images import Batch, Images
-from vitregs.probes import classes, dense, tasks, zero
-from vitregs.problems import Problem
+from vitregs import arrays
+from vitregs.data import datasets, ground_truth, scenes
+from vitregs.data.images import Batch, Images
+from vitregs.errors import InputError
+from vitregs.models import capture, registry
+from vitregs.models.backbone import Backbone
+from vitregs.probes import classification, dense, zero_shot
 
-ASKED = ("colour", "shape", "colour and shape")  # of the object with the largest area
+LARGEST_OBJECT_TASKS = ("colour", "shape", "colour and shape")  # of the object with the largest area
+
+
 STRENGTHS = (0.1, 1.0, 10.0)  # of the classifier: near the best for all our networks, so that the choice is hardly luck
-WALL = scenes.WALL_DEPTH
+
+
+BACKGROUND = scenes.BACKGROUND_DEPTH
+
+
 FLOORS: dict[str, xr.Dataset] = {}  # scores of untrained networks: several models of a chapter share one
 
 
-@dataclass
-class Truth:
-    """What is known of pictures: classes, masks with their number of classes and a class to ignore, depth, classes in view."""
-
-    labels: dict[str, np.ndarray]
-    masks: dict[str, tuple[list[np.ndarray | None], int, int | None]]
-    depth: np.ndarray | None = None
-    marks: np.ndarray | None = None
-    label: np.ndarray | None = None
-
-
-def colour_masks(truth: scenes.Scenes) -> np.ndarray:
-    """Colour of every pixel of scenes: → (n, H, W), 0 background, 1 + index into scenes.COLOUR_NAMES."""
-    named = np.pad(truth.objects[..., 1].numpy() + 1, ((0, 0), (1, 0)))
-    ranks = truth.instances.numpy().astype(np.int64)
-    return np.take_along_axis(named, ranks.reshape(len(ranks), -1), 1).reshape(ranks.shape).astype(np.uint8)
-
-
-def _truth(batches: Sequence[Batch], name: str) -> Truth:
-    """Collect what is known of pictures, whatever it is: batches, name of their source → Truth."""
+def _truth(batches: Sequence[Batch], name: str) -> ground_truth.Truth:
+    """Collect what is known of images, whatever it is: batches, name of their source → Truth."""
     found = [b.truth for b in batches if b.truth is not None]
     if found:
-        labels = {k: np.concatenate([tasks.SCENES[k](t) for t in found]) for k in ASKED}
+        labels = {k: np.concatenate([datasets.SCENES[k](t) for t in found]) for k in LARGEST_OBJECT_TASKS}
         shape = list(np.concatenate([t.semantic.numpy() for t in found]))
-        colour = list(np.concatenate([colour_masks(t) for t in found]))
-        return Truth(
+        colour = list(np.concatenate([ground_truth.colour_masks(t) for t in found]))
+        return ground_truth.Truth(
             labels,
             {"shape": (shape, len(scenes.SHAPE_NAMES) + 1, None), "colour": (colour, len(scenes.COLOURS) + 1, None)},
             depth=np.concatenate([t.depth.numpy() for t in found]),
             marks=np.concatenate([t.labels.numpy() for t in found]),
             label=labels["colour and shape"],
         )
-    said = [label for b in batches for label in b.labels]
+    labels_given = [label for b in batches for label in b.labels]
     masks = [m for b in batches for m in b.masks]
-    there = [m for m in masks if m is not None]
-    return Truth(
-        {} if any(s is None for s in said) else {"label": tasks.number(said, name)},
-        {"mask": (masks, int(max(m.max() for m in there)) + 1, 0)} if len(there) > 3 else {},
+    known_masks = [m for m in masks if m is not None]
+    return ground_truth.Truth(
+        {} if any(s is None for s in labels_given) else {"label": datasets.number(labels_given, name)},
+        {"mask": (masks, int(max(m.max() for m in known_masks)) + 1, 0)} if len(known_masks) > 3 else {},
     )
 
 
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
     """The same network before training, without registers where that is known how: backbone, seed → Backbone."""
     if not backbone.card:
-        return replace(backbones.random(backbone.name, seed=seed), name=f"{backbone.name}, untrained")
+        return replace(registry.random(backbone.name, seed=seed), name=f"{backbone.name}, untrained")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = timm.models.VisionTransformer(**_plain(backbone))
@@ -80,34 +70,38 @@ def _plain(backbone: Backbone) -> dict[str, Any]:
     return {**backbone.card["vit"], "reg_tokens": 0, "num_classes": 0}
 
 
-def _each(values: np.ndarray, at: np.ndarray, count: int) -> np.ndarray:
-    """Values of some pictures among all: (m,), their indices → (count,), nan for the others."""
+def _per_image(values: np.ndarray, at: np.ndarray, count: int) -> np.ndarray:
+    """Values of some images among all: (m,), their indices → (count,), nan for the others."""
     full = np.full(count, np.nan)
     full[at] = values
     return full
 
 
 def probe(
-    states: xr.DataArray, truth: Truth, *, words: dict[str, torch.Tensor] | None = None, **how: Any
+    states: xr.DataArray, truth: ground_truth.Truth, *, text: dict[str, torch.Tensor] | None = None, **how: Any
 ) -> xr.Dataset:
-    """Ask frozen features all that is known of their pictures: [image, token, channel] with CLS (if any) and patches, Truth, the
-    text side of a CLIP model, options of the dense probes (steps, bins, head, seed) → Dataset[metric] (Table 2).
+    """Probe frozen features for all that is known of their images: [image, token, channel] with CLS (if any) and
+    patches, Truth, the text side of a CLIP model, options of the dense probes (steps, bins, head, seed) →
+    Dataset[metric] (Table 2).
 
-    score, low, high, chance, n; each[mean, image], what a picture adds to a mean (nan: it taught); counts[segments, image, side,
-    class], what it adds to an mIoU. What pictures do not tell is left out. Raises Problem if they tell nothing.
+    score, low, high, chance, n; each[mean, image], what an image adds to a mean (nan: it was trained on);
+    counts[segments, image, side, class], what it adds to an mIoU. What images do not tell is left out. Raises
+    InputError if they tell nothing.
     """
-    count, patch = states.sizes["image"], artifacts.patches(states)
+    count, patch = states.sizes["image"], arrays.patches(states)
     cls = states.isel(token=np.flatnonzero(states["kind"] == "cls")[:1])
-    taught = round(dense.SHARE * count)
+    train_count = round(dense.SHARE * count)
     both = np.concatenate([part.mean("token").values for part in (cls, patch) if part.sizes["token"]], 1)
-    both = (both - both[:taught].mean(0)) / (both[:taught].std(0) + 1e-6)
+    both = (both - both[:train_count].mean(0)) / (both[:train_count].std(0) + 1e-6)
     rows: dict[str, tuple[float, ...]] = {}
-    each: dict[str, np.ndarray] = {}
+    per_image: dict[str, np.ndarray] = {}
     counts: dict[str, np.ndarray] = {}
     for name, y in truth.labels.items():
-        s = classes.score(both, y, taught=taught, strengths=STRENGTHS, seed=how.get("seed", 0))
+        s = classification.score(both, y, train_count=train_count, strengths=STRENGTHS, seed=how.get("seed", 0))
         rows[name] = _numbers(s, "score")
-        each[name] = _each(s["right"].values, np.flatnonzero((np.arange(count) >= taught) & (y >= 0)), count)
+        per_image[name] = _per_image(
+            s["right"].values, np.flatnonzero((np.arange(count) >= train_count) & (y >= 0)), count
+        )
     options = {k: v for k, v in how.items() if k not in ("bins", "head")}
     for name, (masks, kinds, ignore) in truth.masks.items():
         at = np.array([i for i, m in enumerate(masks) if m is not None])
@@ -118,29 +112,31 @@ def probe(
         counts[f"{name} mIoU"] = full
     if truth.depth is not None:
         beside = cls if cls.sizes["token"] else None
-        s = dense.estimate_depth(patch, truth.depth, low=1, high=WALL, cls=beside, **how)
+        s = dense.estimate_depth(patch, truth.depth, low=1, high=BACKGROUND, cls=beside, **how)
         rows["depth rmse"] = tuple(float(s[k]) for k in ("rmse", "low_rmse", "high_rmse", "constant", "n"))
-        each["depth rmse"] = _each(s["error"].values, s["image"].values, count)
-    if words is not None and truth.marks is not None and truth.label is not None:
+        per_image["depth rmse"] = _per_image(s["error"].values, s["image"].values, count)
+    if text is not None and truth.marks is not None and truth.label is not None:
         for name, y in (("zero-shot", truth.marks), ("zero-shot, largest", truth.label)):
-            s = zero.zero_shot(cls.values[:, 0], words["project"], words["prompts"], y)
-            rows[name], each[name] = _numbers(s, "score"), s["right"].values.astype(float)
+            s = zero_shot.zero_shot(cls.values[:, 0], text["project"], text["prompts"], y)
+            rows[name], per_image[name] = _numbers(s, "score"), s["right"].values.astype(float)
     if not rows:
-        raise Problem("these pictures have neither labels nor masks nor depth: there is nothing to ask for")
-    return _fold(rows, each, counts)
+        raise InputError("these images have neither labels nor masks nor depth: there is nothing to ask for")
+    return _fold(rows, per_image, counts)
 
 
 def _numbers(found: xr.Dataset, score: str) -> tuple[float, ...]:
     return tuple(float(found[k]) for k in (score, "low", "high", "chance", "n"))
 
 
-def _fold(rows: dict[str, tuple[float, ...]], each: dict[str, np.ndarray], counts: dict[str, np.ndarray]) -> xr.Dataset:
+def _fold(
+    rows: dict[str, tuple[float, ...]], per_image: dict[str, np.ndarray], counts: dict[str, np.ndarray]
+) -> xr.Dataset:
     names = ("score", "low", "high", "chance", "n")
     data: dict[str, Any] = {k: ("metric", [r[i] for r in rows.values()]) for i, k in enumerate(names)}
     coords: dict[str, Any] = {"metric": list(rows)}
-    if each:
-        data["each"] = (("mean", "image"), np.stack(list(each.values())).astype(np.float32))
-        coords["mean"] = list(each)
+    if per_image:
+        data["each"] = (("mean", "image"), np.stack(list(per_image.values())).astype(np.float32))
+        coords["mean"] = list(per_image)
     if counts:
         data["counts"] = (("segments", "image", "side", "class"), np.stack(list(counts.values())).astype(np.int32))
         coords["segments"] = list(counts)
@@ -157,10 +153,10 @@ def measure(
     batch: int = 32,
     **how: Any,
 ) -> xr.Dataset:
-    """All of Table 2 for one network: backbone, pictures, layer and whether its final norm is applied, whether an untrained
+    """All of Table 2 for one network: backbone, images, layer and whether its final norm is applied, whether an untrained
     network of the same shape is asked too, options of `probe` → Dataset[metric] of `probe`, registers, floor[metric] (or nan).
 
-    Zero-shot needs the last layer and its norm. Raises Problem as `probe` does.
+    Zero-shot needs the last layer and its norm. Raises InputError as `probe` does.
     """
     options: Any = {"layer": layer, "kinds": ("cls", "patch"), "final_norm": final_norm}
     what: Any = {"tokens": [layer], "kinds": ("cls", "patch"), "final_norm": final_norm}
@@ -170,8 +166,8 @@ def measure(
         known.append(replace(part, pixels=part.pixels[:0]))
     states = capture.join(parts)["tokens"].isel(tokens_layer=0)
     truth = _truth(known, images.name)
-    words = backbones.words(backbone.name) if final_norm and layer in (-1, backbone.depth) else None
-    found = probe(states, truth, words=words, **how)
+    words = registry.words(backbone.name) if final_norm and layer in (-1, backbone.depth) else None
+    found = probe(states, truth, text=words, **how)
     lowest = np.full(found.sizes["metric"], np.nan)
     if floor:
         shape = _plain(backbone) if backbone.card else backbone.name
@@ -185,26 +181,26 @@ def measure(
 
 
 def difference(first: xr.Dataset, second: xr.Dataset, metric: str) -> tuple[float, float, float]:
-    """How much the second network scores above the first on the same pictures: two data sets of `measure`, a metric of both →
-    value, low, high (95 %, a paired bootstrap over pictures).
+    """How much the second network scores above the first on the same images: two data sets of `measure`, a metric of both →
+    value, low, high (95 %, a paired bootstrap over images).
 
-    Raises Problem for other pictures.
+    Raises InputError for other images.
     """
     name = "segments" if metric in first.get("segments", ()) else "mean"
     a, b = (
         d["counts" if name == "segments" else "each"].sel({name: metric}).values.astype(float) for d in (first, second)
     )
     if a.shape != b.shape:
-        raise Problem(f"{metric} was measured on {len(a)} and {len(b)} pictures: only the same ones can be compared")
+        raise InputError(f"{metric} was measured on {len(a)} and {len(b)} images: only the same ones can be compared")
     if name == "segments":
         there = a.any((1, 2)) & b.any((1, 2))
         paired = np.stack([a, b], 1)[there]
-        return artifacts.interval(paired, draws=1000, of=_gain)
+        return arrays.bootstrap_interval(paired, draws=1000, of=_gain)
     gap = b - a
-    return artifacts.interval(gap[np.isfinite(gap)])
+    return arrays.bootstrap_interval(gap[np.isfinite(gap)])
 
 
 def _gain(paired: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Second mIoU minus first: counts (…, image, 2 networks, side, class), the axis of the pictures → (…)."""
+    """Second mIoU minus first: counts (…, image, 2 networks, side, class), the axis of the images → (…)."""
     one, other = (dense.miou(np.take(paired, i, axis + 1), axis) for i in (0, 1))
     return other - one

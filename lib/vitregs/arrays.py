@@ -1,0 +1,83 @@
+"""Labelled arrays: dimensions, the token index, patch maps, and bootstrap intervals over images."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike
+
+from vitregs.errors import InputError, unknown
+
+KINDS = ("cls", "register", "patch", "distillation", "summary")
+
+
+NUMBERED = ("register", "summary")  # kinds of which a model has several
+
+
+def token_coords(kinds: Sequence[str], grid: tuple[int, int], dim: str = "token") -> dict[str, tuple[str, Any]]:
+    """Label a token axis: kinds of all tokens, (rows, columns) of the patch grid → coordinates for xarray.
+
+    Raises InputError for unknown kinds and if the number of patches is not rows × columns.
+    """
+    kind = np.asarray(kinds, np.str_)
+    for name in set(kinds) - set(KINDS):
+        raise unknown("kind of token", name, KINDS)
+    patch = kind == "patch"
+    if patch.sum() != grid[0] * grid[1]:
+        raise InputError(f"{patch.sum()} patch tokens do not fill a grid of {grid[0]}x{grid[1]}")
+    y, x = np.full(len(kind), -1), np.full(len(kind), -1)
+    y[patch], x[patch] = np.divmod(np.arange(patch.sum()), grid[1])
+    rank = {k: np.cumsum(kind == k) - 1 for k in KINDS}
+    short = {"register": "reg", "distillation": "dist"}
+    label = [
+        f"{y[i]},{x[i]}" if k == "patch" else f"{short.get(k, k)}{rank[k][i] if k in NUMBERED or rank[k][i] else ''}"
+        for i, k in enumerate(kind)
+    ]
+    return {"kind": (dim, kind), "label": (dim, label), "y": (dim, y), "x": (dim, x)}
+
+
+def patch_maps(array: xr.DataArray) -> xr.DataArray:
+    """Fold the patch tokens of an array (…, token) into maps (…, y, x); other kinds are dropped.
+
+    Raises InputError unless the patches are all there, row after row.
+    """
+    patches = array.isel(token=np.flatnonzero(array["kind"] == "patch"))
+    y, x = patches["y"].values, patches["x"].values
+    rows, columns = (int(v.max(initial=-1)) + 1 for v in (y, x))
+    if not len(y) or not np.array_equal(y * columns + x, np.arange(rows * columns)):
+        raise InputError(f"{len(y)} patch tokens do not fill a grid of {rows}x{columns} row after row")
+    lead = [d for d in patches.dims if d != "token"]
+    values = patches.transpose(*lead, "token").values
+    folded = values.reshape(*values.shape[:-1], rows, columns)
+    coords = {k: v for k, v in patches.coords.items() if "token" not in v.dims}
+    return xr.DataArray(folded, dims=[*lead, "y", "x"], coords=coords, attrs=array.attrs, name=array.name)
+
+
+def patches(array: xr.DataArray) -> xr.DataArray:
+    """Keep the patch tokens of an array with a token dimension."""
+    return array.isel(token=np.flatnonzero(array["kind"] == "patch"))
+
+
+def bootstrap_ratio(sums: ArrayLike, counts: ArrayLike, *, draws: int = 1000) -> tuple[float, float, float]:
+    """Sum over count with a 95 % bootstrap over images: per-image sums and counts (images,) → value, low, high.
+
+    nan where nothing is counted.
+    """
+    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+    if not counts.sum():
+        return np.nan, np.nan, np.nan
+    pick = np.random.default_rng(0).integers(0, len(sums), (draws, len(sums)))
+    drawn = counts[pick].sum(1)
+    low, high = np.quantile(sums[pick].sum(1)[drawn > 0] / drawn[drawn > 0], [0.025, 0.975])
+    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, draws: int = 2000, of: Callable[..., Any] = np.mean
+) -> tuple[float, float, float]:
+    """Mean (or `of`) of per-image values with a 95 % bootstrap interval: (images,) → mean, low, high."""
+    values = np.asarray(values, float)
+    pick = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(of(values[pick], axis=1), [0.025, 0.975])
+    return float(of(values)), float(low), float(high)

@@ -1,0 +1,1 @@
+"""Measurements on labelled arrays and on backbones."""

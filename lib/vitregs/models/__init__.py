@@ -1,0 +1,1 @@
+"""Vision transformers: a name becomes a backbone, and what happens inside it is captured."""

@@ -1,1 +1,0 @@
-"""Pre-training of small ViTs, without and with registers."""

@@ -1,0 +1,16 @@
+"""What chapters print and draw: a module a subject holds its tables and its figures (`plot_…`)."""
+
+from vitregs.report import attention, features, format, lost, norms, registers, style, tokens, training, transfer
+
+__all__ = [
+    "attention",
+    "features",
+    "format",
+    "lost",
+    "norms",
+    "registers",
+    "style",
+    "tokens",
+    "training",
+    "transfer",
+]

@@ -1,0 +1,108 @@
+"""What is watched while a network trains: loss, scores and, at every layer, norms, channels and attention sinks."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+
+from vitregs import arrays
+from vitregs.measure import mixture, outliers
+from vitregs.models import capture
+from vitregs.models.backbone import Backbone
+
+EDGES = np.logspace(-1, 4, 201)  # of the norm histograms
+
+
+KINDS = ("cls", "register", "patch")
+
+
+BY_LAYER = ("median", "largest", "top1", "kurtosis", "share", "separation", "ratio")
+
+
+def due(step: int, steps: int, every: int) -> bool:
+    """Whether to look after this many steps: at powers of two from 16, at every multiple of `every`, at the end."""
+    return step in (0, steps) or step % every == 0 or (step >= 16 and step & (step - 1) == 0)
+
+
+def measure(backbone: Backbone, pixels: Tensor) -> dict[str, Any]:
+    """Measure a network on fixed images: → per-layer numbers as lists, so that a checkpoint can hold them.
+
+    `hist` (layer, bin) counts patch norms; `largest` and `top1` are medians over images of largest / median and
+    top-1-% mean / median norm; `kurtosis` is that of the channels of patch tokens, each standardised over tokens (3 for a
+    Gaussian); `share`, `separation` and `ratio` describe the second mode that the cut-off rule sees (0 where it sees
+    none, nan with too few tokens); `sink` (block, kind) is the largest concentration of attention on one token.
+    """
+    kurtosis: list[float] = [0.0] * (backbone.depth + 1)
+
+    def peaked(layer: int) -> capture.Reduce:
+        def reduce(state: Tensor) -> None:
+            z = state[:, backbone.prefix :].float().flatten(0, 1)
+            z = (z - z.mean(0)) / (z.std(0) + 1e-6)
+            kurtosis[layer] = float((z**4).mean())
+
+        return reduce
+
+    with capture.tap(backbone.net, {n: peaked(n) for n in range(backbone.depth + 1)}):
+        norms = capture.norms(backbone, pixels, batch=len(pixels))
+    patch = arrays.patches(norms)
+    hist = np.stack([np.histogram(patch.isel(layer=i), EDGES)[0] for i in range(patch.sizes["layer"])])
+    enough = patch.isel(layer=0).size >= mixture.LEAST_DATA
+    modes = [outliers.find_cutoff(norms.isel(layer=i)) for i in range(patch.sizes["layer"])] if enough else []
+    taken = capture.attention_received(backbone, pixels[:32])
+    sink = [
+        [float(part.max("token").mean("image")) if part.sizes["token"] else float("nan") for part in kinds]
+        for kinds in (
+            [taken.isel(layer=i, token=np.flatnonzero(taken.kind == k)) for k in KINDS]
+            for i in range(taken.sizes["layer"])
+        )
+    ]
+    return {
+        "hist": torch.from_numpy(hist),
+        "median": patch.median(("image", "token")).values.tolist(),
+        "largest": outliers.largest_ratio(norms).median("image").values.tolist(),
+        "top1": outliers.top_ratio(norms).median("image").values.tolist(),
+        "kurtosis": kurtosis,
+        **{
+            k: [float(getattr(m, k)) for m in modes] or [float("nan")] * patch.sizes["layer"]
+            for k in ("share", "separation", "ratio")
+        },
+        "sink": sink,
+    }
+
+
+def dataset(records: list[dict[str, Any]]) -> xr.Dataset:
+    """Turn the records of a run into a labelled data set with dims step, layer, block, bin, kind."""
+    layers = len(records[0]["median"])
+    return xr.Dataset(
+        {
+            **{k: ("step", [r[k] for r in records]) for k in ("loss", "accuracy", "knn", "seconds", "watching")},
+            "hist": (("step", "layer", "bin"), np.stack([r["hist"].numpy() for r in records]).astype(np.int32)),
+            **{k: (("step", "layer"), np.array([r[k] for r in records], np.float32)) for k in BY_LAYER},
+            "sink": (("step", "block", "kind"), np.array([r["sink"] for r in records], np.float32)),
+        },
+        coords={
+            "step": [r["step"] for r in records],
+            "layer": np.arange(layers),
+            "block": np.arange(1, layers),
+            "bin": np.sqrt(EDGES[1:] * EDGES[:-1]),
+            "kind": list(KINDS),
+        },
+    )
+
+
+def strongest(log: xr.Dataset, step: int = -1) -> pd.Series:
+    """The layer that comes nearest to the emergence rule at one look (default the last): → layer, top1, separation, share."""
+    at = log.isel(step=step)
+    missing = np.full(at.sizes["layer"], np.nan)  # the first runs kept less
+    names = ("top1", "separation", "share")
+    return outliers.strongest_layer(
+        pd.DataFrame({"layer": at["layer"].values, **{k: at[k].values if k in at else missing for k in names}})
+    )
+
+
+def emerged(log: xr.Dataset, step: int = -1) -> bool:
+    """Whether outliers have emerged in a run, by the emergence rule, at one look (default the last)."""
+    return outliers.has_emerged(strongest(log, step))

@@ -1,0 +1,47 @@
+"""DeiT-III: name the classes in view from the CLS token.
+
+Binary cross-entropy over all classes, or cross-entropy; 3-Augment where images repeat. (Touvron et al. 2022; paper
+section 3.1.)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitregs.train import vit
+from vitregs.train.augment import ThreeAugment
+from vitregs.train.config import Recipe, Supervised
+from vitregs.train.data import Batch, Feed
+from vitregs.train.evaluation import right
+
+
+class Learner(nn.Module):
+    """A ViT with a linear head on CLS (or on the mean patch)."""
+
+    captions = False
+
+    def __init__(self, recipe: Recipe, feed: Feed) -> None:
+        super().__init__()
+        assert isinstance(recipe.objective, Supervised)
+        self.loss, self.smoothing = recipe.objective.loss, recipe.objective.smoothing
+        self.vit = vit.build(recipe, len(feed.classes))
+        self.augment = ThreeAugment(recipe.image_size) if recipe.augment else nn.Identity()
+
+    @property
+    def published(self) -> nn.Module:
+        """The network that is measured and kept."""
+        return self.vit
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss of a batch → scalar."""
+        logits = self.vit(vit.normalise(self.augment(batch.pixels))).float()
+        if self.loss == "ce":
+            return F.cross_entropy(logits, batch.label, label_smoothing=self.smoothing)
+        wanted = batch.labels.float() * (1 - self.smoothing) + self.smoothing / logits.shape[1]
+        return F.binary_cross_entropy_with_logits(logits, wanted)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> float:
+        """Accuracy: share of images whose highest logit is a class in view."""
+        best = [self.vit(vit.normalise(part)).argmax(1) for part in batch.pixels.split(64)]
+        return right(batch, torch.cat(best))

@@ -1,0 +1,216 @@
+"""The recipes by name, each with its price and its expected score, and the runs still wanted, most informative first."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from vitregs.data.scenes import Difficulty
+from vitregs.errors import InputError, unknown
+from vitregs.train.config import Clip, Dino, DinoV2, Mae, Recipe, Supervised, parse, suffix
+
+REDUNDANT = Difficulty(objects=(1, 3), radius=0.2, backgrounds=("flat", "gradient", "noise"))  # most patches repeat
+
+
+CPU = "fp32"  # bf16 costs more than it saves below width 192
+
+
+FEW: Any = {"local_crops": 2, "prototypes": 256, "momentum": 0.99}  # what 1,000 steps of 16 images can bear
+
+
+_ALL = [
+    # The first pair of the project. Its registers started 1e-6 apart, as published, and hardly grew apart.
+    Recipe(
+        "supervised-pico",
+        "144 tokens; 90 minutes on one busy CPU core; accuracy 0.74 to 0.77 on held-out scenes, linear: colour 0.84, shape 0.48",
+        image_size=96,
+        register_init=1e-6,
+    ),
+    # One pair for each other objective: 64 tokens, a quarter of an hour on one CPU core.
+    Recipe(
+        "clip-pico",
+        "16 minutes on one busy CPU core; zero-shot 0.18 to 0.20 (chance 0.04), linear: colour 0.76 to 0.79 (untrained 0.22)",
+        Clip(),
+        patch_norm=True,
+        steps=3000,
+        batch=32,
+        warmup=300,
+        beta2=0.98,
+        precision=CPU,
+    ),
+    Recipe(
+        "mae-pico",
+        "12 to 16 minutes on one busy CPU core; linear: colour 0.58 to 0.63 (untrained 0.33)",
+        Mae(),
+        steps=3000,
+        batch=64,
+        warmup=300,
+        weight_decay=0.05,
+        precision=CPU,
+    ),
+    Recipe(
+        "dino-pico",
+        "8 minutes on one busy CPU core; linear: colour 0.50 to 0.55 (untrained 0.33)",
+        Dino(**FEW),
+        steps=1000,
+        warmup=150,
+        weight_decay=0.04,
+        weight_decay_end=0.4,
+        precision=CPU,
+    ),
+    Recipe(
+        "dinov2-pico",
+        "7 to 11 minutes on one busy CPU core; linear: colour 0.54 to 0.60 (untrained 0.33)",
+        DinoV2(**FEW, patch_prototypes=256),
+        steps=1000,
+        warmup=150,
+        weight_decay=0.04,
+        weight_decay_end=0.2,
+        precision=CPU,
+    ),
+    # The emergence search on a CPU: one shape in three widths, and one run of forty thousand steps.
+    *(
+        Recipe(f"hunt-{size}", about, size=size, steps=6000, batch=8, difficulty=REDUNDANT, precision=CPU)
+        for size, about in (
+            ("femto", "3 minutes on one busy CPU core; accuracy 0.16, linear: colour 0.79 (untrained 0.18)"),
+            ("nano", "6 minutes on one busy CPU core; accuracy 0.24, linear: colour 0.84 (untrained 0.25)"),
+            ("pico", "8 minutes on one busy CPU core; accuracy 0.25, linear: colour 0.83 (untrained 0.32)"),
+        )
+    ),
+    Recipe(
+        "hunt-long",
+        "32 minutes on one busy CPU core; accuracy 0.49, linear: colour 0.86, shape 0.35",
+        size="nano",
+        steps=40_000,
+        batch=8,
+        lr=2e-3,
+        weight_decay=0.5,
+        warmup=1000,
+        difficulty=REDUNDANT,
+        precision=CPU,
+    ),
+    # Real images.
+    Recipe(
+        "tinyimagenet-pico",
+        "10 minutes on one busy CPU core; top-1 0.041 (chance 0.005), linear 0.043 (untrained 0.034)",
+        Supervised("ce", 0.1),
+        data="zh-plus/tiny-imagenet",
+        augment=True,
+        steps=2500,
+        batch=32,
+        weight_decay=0.05,
+        precision=CPU,
+    ),
+    # For one GPU: 256 tokens, depth 12, as many steps as ten minutes hold. None has been run yet.
+    *(
+        Recipe(
+            f"hunt-{size}",
+            f"never run yet; {minutes} minutes on one H100 or H200, by estimate",
+            size=size,
+            patch_size=4,
+            batch=256,
+            warmup=1000,
+            difficulty=REDUNDANT,
+        )
+        for size, minutes in (("tiny", 5), ("small", 15))
+    ),
+    Recipe(
+        "tinyimagenet-tiny",
+        "never run yet; 5 minutes on one H100 or H200, by estimate",
+        Supervised("ce", 0.1),
+        size="tiny",
+        patch_size=4,
+        data="zh-plus/tiny-imagenet",
+        augment=True,
+        batch=256,
+        warmup=1000,
+        weight_decay=0.05,
+    ),
+]
+
+
+RECIPES = {r.name: r for r in _ALL}
+
+
+def recipe(name: str) -> Recipe:
+    """Look a recipe up: a name of RECIPES, which "-reg4" and "-seed1" may follow → Recipe. Raises InputError with the nearest."""
+    found = re.fullmatch(r"(.*?)(?:-reg(\d+))?(?:-seed(\d+))?", name)
+    assert found
+    base, registers, seed = found.groups()
+    if base not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    changes = {k: int(v) for k, v in (("registers", registers), ("seed", seed)) if v is not None}
+    return RECIPES[base].override(name=name, **changes)
+
+
+def command(chosen: Recipe) -> str | None:
+    """The command that trains a recipe again, with its images and every changed setting: recipe → words for a shell.
+
+    None for a recipe that no command gives (made in Python, with a name or a difficulty of its own).
+    """
+    parts = chosen.name.split("-")
+    for cut in range(len(parts), 0, -1):
+        try:
+            base = recipe("-".join(parts[:cut]))
+        except InputError:
+            continue
+        known, wanted = base.facts(), chosen.facts()
+        changed = [k for k in wanted if k not in ("name", "data") and known.get(k) != wanted[k]]
+        changed.sort(key=lambda k: chosen.name.find(suffix(k, wanted[k])))  # their order is part of the name
+        settings = [f"{k}={_word(wanted[k])}" for k in changed]
+        images = [] if chosen.data == base.data else ["--images", chosen.data]
+        try:
+            same = parse(base, settings).override(data=chosen.data) == chosen
+        except InputError:  # a setting that has no word
+            return None
+        return shlex.join(["vitregs", "train", base.name, *settings, *images]) if same else None
+    return None
+
+
+def _word(value: Any) -> str:
+    """A setting as `parse` reads it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is wanted: the words of its command and what it would tell."""
+
+    words: tuple[str, ...]
+    why: str
+    price: str = "one GPU, 10 min at most (an estimate)"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the words mean."""
+        return parse(recipe(self.words[0]), self.words[1:])
+
+
+TINY_ON_GPU = ("size=tiny", "patch_size=4", "steps=20000", "warmup=1000", "precision=bf16")
+
+
+SELF = ("batch=128", "lr=5e-4", "prototypes=1024", "local_crops=4", "momentum=0.996")
+
+
+# What a GPU would tell, most informative first; the pair and its seeds follow whatever emerges.
+WANTED = (
+    Run(("hunt-tiny",), "256 tokens, depth 12, 20,000 steps: the literature's first guess"),
+    Run(("hunt-tiny", "weight_decay=0.5", "lr=2e-3"), "more decay and rate, which drive sinks in language models"),
+    Run(("tinyimagenet-tiny",), "the same size on real images"),
+    Run(("hunt-small",), "does width bring them?", "one GPU, 20 min (an estimate)"),
+    Run(("hunt-tiny", "layer_scale=1e-4"), "DeiT-III's LayerScale"),
+    Run(("hunt-tiny", "patch_norm=true"), "control: LayerNorm before the first block, expected to prevent them"),
+    Run(("hunt-tiny", "pool=avg"), "control: no CLS token to write to"),
+    Run(("hunt-tiny-reg4",), "the remedy, where the disease is"),
+    Run(("hunt-tiny-seed1",), "a second seed"),
+    Run(("hunt-tiny-seed2",), "a third"),
+    Run(("hunt-tiny", "steps=60000"), "three times the steps", "one GPU, 20 min (an estimate)"),
+    Run(("clip-pico", *TINY_ON_GPU, "batch=256"), "captions instead of classes"),
+    Run(
+        ("dinov2-pico", *TINY_ON_GPU, *SELF, "patch_prototypes=1024"),
+        "expected negative",
+        "one GPU, 20 min (an estimate)",
+    ),
+    Run(("dino-pico", *TINY_ON_GPU, *SELF), "expected negative", "one GPU, 20 min (an estimate)"),
+    Run(("mae-pico", *TINY_ON_GPU, "batch=256"), "at pico size its large norms are on objects: here too?"),
+)
