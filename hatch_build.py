@@ -8,7 +8,7 @@ CARRIED = ("data/paper", "data/results", "data/zoo", "notebooks")
 
 
 class Files(BuildHookInterface):
-    """Puts the folders into vitregs/_files, where `vitregs.results.ROOT` looks outside a checkout."""
+    """Puts the folders into vitregs/_files, where `vitregs.paths.ROOT` looks outside a checkout."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Add the folders; an editable install reads the checkout itself."""

@@ -38,7 +38,7 @@ def state(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A zoo of one small model, laid out as `pretrain.loop` publishes it."""
+    """A zoo of one small model, laid out as `train.export` lays it out it."""
     folder = tmp_path / "zoo" / PICO.name
     folder.mkdir(parents=True)
     vit = {**PICO.vit(), "num_classes": 64}
@@ -462,7 +462,7 @@ def test_deit_tiny_classifies_imagenette(shared_data: Path) -> None:
     deit = registry.load("deit_tiny_patch16_224", weights=file)
     source = shared_data / "imagenette-224" / "validation-00000-of-00001.parquet"
     hits = total = 0
-    for part in images.load(str(source), size=deit.size, preparation=deit.preparation).batches(50):
+    for part in images.open_images(str(source), size=deit.size, preparation=deit.preparation).batches(50):
         answer = deit.logits(part.pixels).argmax(1).tolist()
         hits += sum(a == IMAGENETTE[label] for a, label in zip(answer, part.labels, strict=True))
         total += len(answer)

@@ -307,7 +307,7 @@ def test_batch_size_and_order_do_not_matter(family: Backbone) -> None:
 
 def test_images_and_tensors_agree() -> None:
     bare = make("pico-registers")
-    stream = images.load("scenes", size=(24, 40), count=5)
+    stream = images.open_images("scenes", size=(24, 40), count=5)
     x = torch.cat(list(stream.pixels()))
     assert np.allclose(capture.norms(bare, stream, batch=2), capture.norms(bare, x), rtol=1e-5)
 
@@ -585,7 +585,7 @@ def test_deit_tiny_has_no_artifacts(shared_data: Path) -> None:
     file = shared_data / "deit-tiny" / "deit_tiny_patch16_224.safetensors"
     deit = registry.load("deit_tiny_patch16_224", weights=file)
     source = shared_data / "imagenette-224" / "validation-00000-of-00001.parquet"
-    norms = capture.norms(deit, images.load(str(source), size=224, count=24))
+    norms = capture.norms(deit, images.open_images(str(source), size=224, count=24))
     patches = norms.isel(token=norms["kind"] == "patch")
     last = patches.sel(layer=12)
     assert float(last.median()) == pytest.approx(13.9, abs=0.5)

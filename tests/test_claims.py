@@ -213,7 +213,7 @@ def test_stored_norms_have_the_truth_of_their_scenes() -> None:
     """Evidence asks the stored arrays alone: the scenes of a chapter, drawn again, have the background that is kept."""
     for model in ("hunt-pico", "mae-pico"):
         data = measures.kept(ledger.RESULTS, model)
-        found = images.load("scenes", size=64, count=data.sizes["image"]).background((8, 8))
+        found = images.open_images("scenes", size=64, count=data.sizes["image"]).background((8, 8))
         np.testing.assert_array_equal(data["background"].values, found.astype(np.float32))
 
 

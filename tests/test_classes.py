@@ -215,7 +215,7 @@ def planted_network(monkeypatch: pytest.MonkeyPatch) -> tuple[Backbone, images.I
     backbone = registry.random(
         "vit_tiny_patch16_224", img_size=(32, 48), embed_dim=24, depth=1, num_heads=2, reg_tokens=1, num_classes=0
     )
-    source = images.load("scenes", size=(32, 48), count=240)
+    source = images.open_images("scenes", size=(32, 48), count=240)
     colour = datasets.labels([source], ["colour"])["colour"]
     labels = token_coords(backbone.kinds((2, 3)), (2, 3))
     rng = np.random.default_rng(0)
@@ -258,7 +258,7 @@ def test_a_class_in_the_outliers_alone_is_found_there_and_nowhere_else(
 
 def test_nothing_depends_on_the_batch() -> None:
     backbone = registry.load("clip-pico-reg4", device="cpu")
-    source = images.load("scenes", size=backbone.size, count=36)
+    source = images.open_images("scenes", size=backbone.size, count=36)
     one, other = (
         classification.classify(backbone, source, tasks=["colour", "count", "colours in view"], seeds=(0, 1), batch=b)
         for b in (7, 36)
@@ -268,7 +268,7 @@ def test_nothing_depends_on_the_batch() -> None:
 
 def test_without_outliers_dropping_is_a_mistake() -> None:
     backbone = registry.load("clip-pico", device="cpu")
-    source = images.load("scenes", size=backbone.size, count=24)
+    source = images.open_images("scenes", size=backbone.size, count=24)
     with pytest.raises(InputError, match="no patch is an outlier in any image"):
         classification.classify(backbone, source, missing="drop")
 
@@ -300,7 +300,7 @@ def test_real_sets_by_name(shared_data: Path, tmp_path: Path) -> None:
     found = classification.classify_sets(backbone, ["CIFAR-10"], **how)
     prints = datasets.fingerprints(["CIFAR-10"], str(tmp_path))
     assert prints == datasets.fingerprints(["CIFAR-10"], f"{tmp_path}/")
-    own = images.load(
+    own = images.open_images(
         "scenes", size=96, count=2
     )  # a stored result names its images, but here the set's take their place
     xr.testing.assert_identical(classification.classify_real(backbone, own, prints=prints, **how), found)

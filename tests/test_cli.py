@@ -476,8 +476,8 @@ names: list = []  # of no use
 import os, time
 from pathlib import Path
 import xarray as xr
-from vitregs import results
-from vitregs.problems import Problem
+from vitregs import cache
+from vitregs.errors import InputError
 folder = Path(os.environ["VITREGS_RESULTS"]) / "07_fake"
 
 def slowly():
@@ -485,14 +485,14 @@ def slowly():
     time.sleep(600 if how == "wait" else 0)
     return xr.Dataset({"a": ("x", [1.0] * count)})
 
-results.stored(folder / "first.nc", lambda: xr.Dataset({"a": ("x", [1.0] * count)}), key={"count": count})
+cache.stored(folder / "first.nc", lambda: xr.Dataset({"a": ("x", [1.0] * count)}), key={"count": count})
 if how == "problem":
     raise InputError("the images\\n are wrong")
 if how == "error":
     1 / 0
 if how == "death":
     os._exit(9)
-print(float(results.stored(folder / "second.nc", slowly, key={"count": count})["a"].sum()))
+print(float(cache.stored(folder / "second.nc", slowly, key={"count": count})["a"].sum()))
 """,
 }
 

@@ -82,7 +82,7 @@ def test_other_outputs_are_found() -> None:
         [],
     ):
         assert compare.outputs(one, other, Tolerance()) != []
-    assert compare.outputs([ERROR], [ERROR], Tolerance()) == ["Problem: no such model"]
+    assert compare.outputs([ERROR], [ERROR], Tolerance()) == ["InputError: no such model"]
 
 
 def test_a_tolerance_widens_what_it_names_and_nothing_else() -> None:

@@ -76,7 +76,7 @@ class Case:
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("flat")
     share = paint(folder)
-    return Case(folder, share, diagnose(plant(small()), images.load(str(folder), size=SIDE)))
+    return Case(folder, share, diagnose(plant(small()), images.open_images(str(folder), size=SIDE)))
 
 
 def test_planted_artifacts_are_found_at_their_layer_with_their_share(planted: Case):
@@ -105,14 +105,14 @@ def test_the_right_tokens_are_the_outliers(planted: Case):
 
 
 def test_the_unaltered_model_has_none(planted: Case):
-    found = diagnose(small(), images.load(str(planted.folder), size=SIDE))
+    found = diagnose(small(), images.open_images(str(planted.folder), size=SIDE))
     assert found.verdict != "artifacts"
     assert found.layers["cutoff"].isna().all()
 
 
 def test_without_flat_patches_the_planted_neurons_are_silent(tmp_path: Path):
     assert paint(tmp_path, flat=0) == 0
-    assert diagnose(plant(small()), images.load(str(tmp_path), size=SIDE)).verdict == "none"
+    assert diagnose(plant(small()), images.open_images(str(tmp_path), size=SIDE)).verdict == "none"
 
 
 def test_registers_do_not_count(planted: Case):
@@ -120,7 +120,7 @@ def test_registers_do_not_count(planted: Case):
     assert backbone.registers == 4
     with torch.no_grad():
         backbone.net.reg_token.mul_(1e4)
-    found = diagnose(backbone, images.load(str(planted.folder), size=SIDE, count=20))
+    found = diagnose(backbone, images.open_images(str(planted.folder), size=SIDE, count=20))
     assert found.verdict != "artifacts"
     assert set(found.norms["kind"].values) == {"cls", "register", "patch"}
 
@@ -137,7 +137,7 @@ def test_what_was_looked_at_is_said(planted: Case):
 
 
 def test_a_fixed_cutoff(planted: Case):
-    found = diagnose(plant(small()), images.load(str(planted.folder), size=SIDE), cut=30.0)
+    found = diagnose(plant(small()), images.open_images(str(planted.folder), size=SIDE), cut=30.0)
     assert (found.verdict, found.layer) == ("artifacts", LAYER)
     assert found.rule == "fixed at 30"
     assert (found.layers["cutoff"] == 30).all()
@@ -147,20 +147,20 @@ def test_a_fixed_cutoff(planted: Case):
 
 
 def test_a_fixed_cutoff_above_all_norms(planted: Case):
-    found = diagnose(plant(small()), images.load(str(planted.folder), size=SIDE, count=20), cut=1e4)
+    found = diagnose(plant(small()), images.open_images(str(planted.folder), size=SIDE, count=20), cut=1e4)
     assert found.verdict == "inconclusive"  # nothing lies above it, but norms are many times the median
     assert (found.layers["share"] == 0).all()
 
 
 def test_a_cutoff_that_makes_no_sense_is_a_problem(planted: Case):
     with pytest.raises(InputError, match="positive"):
-        diagnose(small(), images.load(str(planted.folder), size=SIDE, count=2), cut=-1.0)
+        diagnose(small(), images.open_images(str(planted.folder), size=SIDE, count=2), cut=-1.0)
 
 
 @pytest.mark.parametrize("size", [(64, 128), (128, 48)])
 def test_images_that_are_not_square(tmp_path: Path, size: tuple[int, int]):
     share = paint(tmp_path, size, flat=1)
-    found = diagnose(plant(small()), images.load(str(tmp_path), size=size))
+    found = diagnose(plant(small()), images.open_images(str(tmp_path), size=size))
     assert (found.verdict, found.layer, found.size) == ("artifacts", LAYER, size)
     assert found.layers["share"][LAYER] == pytest.approx(share, rel=0.1)
     patch = arrays.patches(found.norms)
@@ -174,7 +174,7 @@ def test_all_skipped_images_are_reported(tmp_path: Path, broken: str):
     """Wherever they come in the order."""
     paint(tmp_path)
     (tmp_path / broken).write_bytes(b"no picture")
-    found = diagnose(small(), images.load(str(tmp_path), size=SIDE), batch=4)
+    found = diagnose(small(), images.open_images(str(tmp_path), size=SIDE), batch=4)
     assert found.skipped == [broken]
     assert found.image_count == IMAGES - 1
     assert found.facts()["skipped"] == [broken]
@@ -182,11 +182,11 @@ def test_all_skipped_images_are_reported(tmp_path: Path, broken: str):
 
 def test_too_few_images_are_a_problem(planted: Case):
     with pytest.raises(InputError, match="72 norms are too few"):
-        diagnose(small(), images.load(str(planted.folder), size=SIDE, count=2))
+        diagnose(small(), images.open_images(str(planted.folder), size=SIDE, count=2))
 
 
 def test_the_batch_does_not_matter(planted: Case):
-    source = images.load(str(planted.folder), size=SIDE)
+    source = images.open_images(str(planted.folder), size=SIDE)
     again = diagnose(plant(small()), source, batch=7)
     assert (again.verdict, again.layer) == (planted.found.verdict, planted.found.layer)
     np.testing.assert_allclose(
@@ -196,7 +196,7 @@ def test_the_batch_does_not_matter(planted: Case):
 
 
 def test_scenes_are_diagnosed():
-    found = diagnose(small(), images.load("scenes", size=SIDE, count=8))
+    found = diagnose(small(), images.open_images("scenes", size=SIDE, count=8))
     assert (found.images, found.image_count) == ("scenes", 8)
     assert found.verdict != "artifacts"
 
@@ -244,7 +244,7 @@ def test_facts_are_json_whatever_was_measured(planted: Case):
 
 
 def test_the_report_is_stable(planted: Case):
-    again = diagnose(plant(small()), images.load(str(planted.folder), size=SIDE))
+    again = diagnose(plant(small()), images.open_images(str(planted.folder), size=SIDE))
     assert again.text() == planted.found.text()
 
 

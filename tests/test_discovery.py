@@ -121,7 +121,7 @@ def test_a_seed_without_friends_is_the_object():
 def test_zoo_models_box_for_box():
     for name in ("dinov2-pico-reg4", "supervised-pico"):
         backbone = registry.load(name, device="cpu")
-        source = images.load("scenes", size=(64, 96), count=6)
+        source = images.open_images("scenes", size=(64, 96), count=6)
         for which in lost.PROJECTIONS:
             raw = capture.projections(backbone, source, which=which)
             shape = backbone.grid(source.size)
@@ -132,7 +132,7 @@ def test_zoo_models_box_for_box():
 def test_a_published_model_on_photographs_box_for_box(shared_data: Path):
     weights = str(shared_data / "deit-tiny" / "deit_tiny_patch16_224.safetensors")
     backbone = registry.load("deit_tiny_patch16_224", weights=weights, device="cpu")
-    source = images.load(str(shared_data / "coco-256"), size=(160, 224), count=8)
+    source = images.open_images(str(shared_data / "coco-256"), size=(160, 224), count=8)
     for which in lost.PROJECTIONS:
         raw = capture.projections(backbone, source, which=which)
         for bias in (0.0, "centre"):
@@ -303,7 +303,7 @@ def test_ratio_of_medians_of_a_known_answer():
 
 def test_projection_norms_of_a_value_map_that_is_insensitive_to_outliers():
     backbone = registry.load("supervised-pico", device="cpu")
-    source = images.load("scenes", size=(64, 64), count=8)
+    source = images.open_images("scenes", size=(64, 64), count=8)
     found = lost.projection_norms(backbone, source)
     assert list(found["projection"].values) == list(lost.PROJECTIONS)
     attention = backbone.net.blocks[-1].attn  # nothing but the bias is left of the values
@@ -324,7 +324,7 @@ def test_whole_images_are_padded_and_boxes_clipped(tmp_path: Path):
     import datasets
 
     backbone = registry.load("dinov2-pico", device="cpu")
-    drawn = next(images.load("scenes", size=(64, 88), count=2).batches())
+    drawn = next(images.open_images("scenes", size=(64, 88), count=2).batches())
     rows = {"image": [], "boxes": []}
     for pixels, boxes_, side in zip(drawn.pixels, drawn.boxes, ((64, 88), (61, 83)), strict=True):
         buffer = io.BytesIO()
@@ -336,7 +336,7 @@ def test_whole_images_are_padded_and_boxes_clipped(tmp_path: Path):
         {"image": datasets.Image(), "boxes": datasets.List(datasets.List(datasets.Value("float32")))}
     )
     datasets.Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / "validation.parquet")
-    source = images.load(str(tmp_path), size=64)
+    source = images.open_images(str(tmp_path), size=64)
     found = lost.evaluate_full_size(backbone, source, bias=-0.3, normalise=True)
     wanted = []
     for item in source.source.items(None, 0):
@@ -350,7 +350,7 @@ def test_whole_images_are_padded_and_boxes_clipped(tmp_path: Path):
         wanted.append(lost.overlap(one["box"].values, [np.array(item.boxes)[:, [1, 0, 3, 2]]])[0] >= 0.5)
     np.testing.assert_array_equal(found["hit"], np.array(wanted, float))
     with pytest.raises(InputError, match="scenes have no size of their own"):
-        lost.evaluate_full_size(backbone, images.load("scenes", size=64, count=2))
+        lost.evaluate_full_size(backbone, images.open_images("scenes", size=64, count=2))
 
 
 # --- a whole study, its tables and figures
@@ -380,7 +380,7 @@ def studied(known: bool = True, n: int = 12) -> dict[str, xr.Dataset]:
 
 def test_a_study_is_made_of_its_parts():
     backbone = registry.load("dinov2-pico", device="cpu")
-    source = images.load("scenes", size=(64, 80), count=10)
+    source = images.open_images("scenes", size=(64, 80), count=10)
     found = lost.evaluate(backbone, source, biases=(-0.5, -0.2), candidates=20, shown=3)
     assert str(found["used"].values) == "key"
     assert found.sizes["drawn"] == 3
@@ -407,7 +407,7 @@ def test_a_study_of_images_without_boxes_scores_nothing(tmp_path: Path):
         noise = np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
     backbone = registry.load("clip-pico-reg4", device="cpu")
-    found = lost.evaluate(backbone, images.load(str(tmp_path), size=64), biases=(-0.5, 0.0))
+    found = lost.evaluate(backbone, images.open_images(str(tmp_path), size=64), biases=(-0.5, 0.0))
     assert found["hit"].isnull().all()
     assert found["swept"].isnull().all()
     assert found["chosen"].isnull().all()
@@ -509,5 +509,5 @@ def test_mistakes_in_sweeps():
         lost.choose_bias(hits[:, ::-1])
     with pytest.raises(InputError, match=r"unknown projection 'keys'.*'key'"):
         lost.evaluate(
-            registry.load("dino-pico", device="cpu"), images.load("scenes", size=64, count=2), projection="keys"
+            registry.load("dino-pico", device="cpu"), images.open_images("scenes", size=64, count=2), projection="keys"
         )

@@ -111,7 +111,7 @@ def test_training_on_real_images(shared_data: Path, tmp_path: Path, monkeypatch:
     card = json.loads((out / "recipe.json").read_text())
     assert card["images"] == {
         "trained": 136,
-        "fingerprint": images.load(source, size=32, split="train").source.fingerprint,
+        "fingerprint": images.open_images(source, size=32, split="train").source.fingerprint,
     }
     assert card["recipe"]["data"] == source  # what was seen, not what the recipe would have fetched
     assert f"| data | {source} |" in (out / "README.md").read_text()
@@ -122,7 +122,7 @@ def test_training_on_real_images(shared_data: Path, tmp_path: Path, monkeypatch:
 
 
 def test_class_names_come_from_the_data_set(shared_data: Path) -> None:
-    found = images.load(str(shared_data / "imagenette-224"), size=32, count=1)
+    found = images.open_images(str(shared_data / "imagenette-224"), size=32, count=1)
     assert found.source.classes[0] == "tench"
     assert np.ndim(next(found.batches()).labels[0]) == 0
 

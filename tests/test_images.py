@@ -88,7 +88,7 @@ def everything(source: images.Images, batch: int = 4) -> images.Batch:
 
 
 def test_scenes_are_the_scenes() -> None:
-    got = everything(images.load("scenes", size=(16, 24), count=7, seed=3), 3)
+    got = everything(images.open_images("scenes", size=(16, 24), count=7, seed=3), 3)
     truth = scenes.render(7, (16, 24), seed=3, first=images.FIRST_SCENE)
     assert torch.equal(got.pixels, truth.pixels)
     assert got.labels == truth.label.tolist()
@@ -97,11 +97,11 @@ def test_scenes_are_the_scenes() -> None:
         assert (got.masks[i] == truth.semantic[i].numpy()).all()
         seen = truth.boxes[i][truth.boxes[i].isfinite().all(1)].numpy()
         assert (got.boxes[i] == seen).all()
-    assert next(images.load("scenes", size=16, count=2).batches()).truth is not None
+    assert next(images.open_images("scenes", size=16, count=2).batches()).truth is not None
 
 
 def test_folder_names_and_labels(folder: Path) -> None:
-    got = everything(images.load(str(folder), size=(20, 30)))
+    got = everything(images.open_images(str(folder), size=(20, 30)))
     assert sorted(got.names) == sorted(str(Path(("cat", "dog")[i % 2]) / f"{i}.png") for i in range(7))
     for name, label, pixels in zip(got.names, got.labels, got.pixels, strict=True):
         assert label == Path(name).parent.name
@@ -112,7 +112,7 @@ def test_folder_names_and_labels(folder: Path) -> None:
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.jpg").write_bytes(encode(noise(), "JPEG"))
-    got = everything(images.load(str(tmp_path / "flat"), size=8))
+    got = everything(images.open_images(str(tmp_path / "flat"), size=8))
     assert (got.labels, got.names) == ([None], ["a.jpg"])
 
 
@@ -125,7 +125,7 @@ def test_parquet_carries_all(tmp_path: Path, as_folder: bool) -> None:
     file = tmp_path / "set" / "validation-00000-of-00001.parquet"
     parquet(file, shown_images, mask=[masks[0], None, masks[2]], boxes=boxes, label=[0, 1, 1], name=["a", "b", "c"])
     parquet(tmp_path / "set" / "train-00000-of-00001.parquet", [encode(noise())], label=[0])
-    source = images.load(str(file.parent if as_folder else file), size=(20, 30))
+    source = images.open_images(str(file.parent if as_folder else file), size=(20, 30))
     got = everything(source)
     assert sorted(got.names) == ["a", "b", "c"]
     for name, label, box, mask, pixels in zip(got.names, got.labels, got.boxes, got.masks, got.pixels, strict=True):
@@ -143,16 +143,16 @@ def test_splits(tmp_path: Path) -> None:
     for name, height in (("train", 10), ("test", 14)):
         parquet(tmp_path / "set" / f"{name}-00000-of-00001.parquet", [encode(noise(height, 12))])
     lone = str(tmp_path / "set")
-    assert images.load(lone, size=8).source.split == "test"  # held-out images come before those of training
-    assert images.load(lone, size=8, split="train").source.split == "train"
+    assert images.open_images(lone, size=8).source.split == "test"  # held-out images come before those of training
+    assert images.open_images(lone, size=8, split="train").source.split == "train"
     with pytest.raises(InputError, match=r"has no split 'dev', only test, train$"):
-        images.load(lone, size=8, split="dev")
+        images.open_images(lone, size=8, split="dev")
 
 
 def test_seed_and_count_draw(folder: Path, tmp_path: Path) -> None:
     file = parquet(tmp_path / "p.parquet", [encode(noise(seed=i)) for i in range(7)], name=[str(i) for i in range(7)])
     for source in (str(folder), str(file)):
-        draw = lambda **kw: everything(images.load(source, size=8, **kw)).names  # noqa: B023, E731
+        draw = lambda **kw: everything(images.open_images(source, size=8, **kw)).names  # noqa: B023, E731
         assert draw(seed=1) == draw(seed=1)
         assert draw(seed=1) != draw(seed=2)
         assert sorted(draw(seed=1)) == sorted(draw(seed=2))
@@ -162,7 +162,7 @@ def test_seed_and_count_draw(folder: Path, tmp_path: Path) -> None:
 
 def test_key_follows_the_pixels(folder: Path) -> None:
     def key(source: str = str(folder), **kw: object) -> dict:
-        return images.load(source, **{"size": 8, **kw}).key
+        return images.open_images(source, **{"size": 8, **kw}).key
 
     assert key() == key()
     others = [
@@ -186,7 +186,7 @@ def test_batch_size_does_not_change_pixels(folder: Path, tmp_path: Path, kind: s
     source = {"scenes": "scenes", "folder": str(folder), "parquet": str(tmp_path / "p.parquet")}[kind]
     if kind == "parquet":
         parquet(Path(source), [encode(noise(seed=i)) for i in range(7)])
-    load = lambda: images.load(source, size=(12, 16), count=7, preparation=Preparation(0.8))  # noqa: E731
+    load = lambda: images.open_images(source, size=(12, 16), count=7, preparation=Preparation(0.8))  # noqa: E731
     whole, parts = everything(load(), 7), list(load().pixels(batch))
     assert torch.equal(torch.cat(parts), whole.pixels)
     assert max(map(len, parts)) == min(batch, 7)
@@ -199,7 +199,7 @@ def test_decoding_is_lazy(folder: Path, tmp_path: Path, kind: str, monkeypatch: 
     source = folder if kind == "folder" else parquet(tmp_path / "p.parquet", [encode(noise(seed=i)) for i in range(7)])
     decoded, real = [], decoding.read
     monkeypatch.setattr(decoding, "read", lambda data: decoded.append(1) or real(data))
-    stream = images.load(str(source), size=8).batches(2)
+    stream = images.open_images(str(source), size=8).batches(2)
     assert len(decoded) == 0
     next(stream)
     assert len(decoded) == 2
@@ -210,7 +210,7 @@ def test_decoding_is_lazy(folder: Path, tmp_path: Path, kind: str, monkeypatch: 
 def test_reading_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the encoded bytes of a data set are held: rows are read from disk one batch at a time."""
     file = parquet(tmp_path / "p.parquet", [encode(noise(seed=i)) for i in range(40)])
-    source = images.load(str(file), size=8)
+    source = images.open_images(str(file), size=8)
     rows = source.source.items(None, 0)
     taken, real = [], sources.Item
     monkeypatch.setattr(sources, "Item", lambda *a: taken.append(1) or real(*a))
@@ -376,7 +376,7 @@ def test_broken_images_are_skipped_and_counted_aloud(tmp_path: Path, kind: str) 
             (source / f"{i}.png").write_bytes(data)
     else:
         source = parquet(tmp_path / "p.parquet", good + bad, name=[f"{i}.png" for i in range(8)])
-    stream = images.load(str(source), size=(20, 30))
+    stream = images.open_images(str(source), size=(20, 30))
     for _ in range(2):  # a second reading counts anew
         with pytest.warns(UserWarning, match=r"skipped 3 of 8 images of .* that cannot be decoded: \d.png") as heard:
             got = everything(stream, 3)
@@ -392,7 +392,7 @@ def test_masks_that_do_not_fit_are_left_away(tmp_path: Path) -> None:
     plain = np.ones((20, 30), np.uint8)
     masks = [encode(plain), encode(plain[:, :20]), b"broken", encode(noise())]
     file = parquet(tmp_path / "p.parquet", [encode(noise())] * 4, mask=masks, name=list("abcd"))
-    stream = images.load(str(file), size=(20, 30))
+    stream = images.open_images(str(file), size=(20, 30))
     with pytest.warns(UserWarning, match="3 of 4 images of .* have a mask or boxes that do not fit"):
         got = everything(stream)
     assert sorted(got.names) == list("abcd")
@@ -410,25 +410,25 @@ def test_a_missing_image_in_a_row_is_skipped(tmp_path: Path) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "p.parquet")
     with pytest.warns(UserWarning, match="skipped 2 of 3"):
-        assert len(everything(images.load(str(tmp_path / "p.parquet"), size=8)).pixels) == 1
+        assert len(everything(images.open_images(str(tmp_path / "p.parquet"), size=8)).pixels) == 1
 
 
 def test_no_warning_without_cause(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(everything(images.load(str(folder), size=8)).names) == 7
+        assert len(everything(images.open_images(str(folder), size=8)).names) == 7
 
 
 def test_all_broken(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"not one image of .* can be decoded \(3 tried\)$"):
-        list(images.load(str(tmp_path), size=8).batches())
+        list(images.open_images(str(tmp_path), size=8).batches())
 
 
 def problem(source: str | Path, **kw: object) -> str:
     with pytest.raises(InputError) as caught:
-        images.load(str(source), **{"size": 16, **kw})
+        images.open_images(str(source), **{"size": 16, **kw})
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -441,7 +441,7 @@ def test_local_files_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: requested.append(_) or refuse())
     requested: list[object] = []
     file = parquet(tmp_path / "p.parquet", [encode(noise())])
-    assert len(everything(images.load(str(file), size=8)).names) == 1
+    assert len(everything(images.open_images(str(file), size=8)).names) == 1
     assert not requested
 
 
@@ -477,7 +477,7 @@ def test_bad_numbers(wrong: dict) -> None:
 def test_bad_batch(folder: Path) -> None:
     for source in ("scenes", str(folder)):
         with pytest.raises(InputError, match="batch must be 1 or more"):
-            next(images.load(source, size=8).batches(0))
+            next(images.open_images(source, size=8).batches(0))
 
 
 # --- the hub
@@ -558,23 +558,23 @@ def test_hub_names_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets, "load_dataset", load)
     commit = ["abc"]
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda _self, _name: SimpleNamespace(sha=commit[0]))
-    stream = images.load("someone/pictures", size=8, count=5, seed=1)
+    stream = images.open_images("someone/pictures", size=8, count=5, seed=1)
     assert requested == [("someone/pictures", "validation", True, "abc")]
     names = everything(stream).names
     assert len(set(names)) == 5
     assert everything(stream).names == names
-    assert names != everything(images.load("someone/pictures", size=8, count=5, seed=2)).names
+    assert names != everything(images.open_images("someone/pictures", size=8, count=5, seed=2)).names
     with pytest.raises(InputError, match="no split 'test', only train, validation"):
-        images.load("someone/pictures", size=8, split="test")
+        images.open_images("someone/pictures", size=8, split="test")
     commit[0] = "def"  # a data set that was changed on the hub is another one
-    assert images.load("someone/pictures", size=8, count=5, seed=1).key != stream.key
+    assert images.open_images("someone/pictures", size=8, count=5, seed=1).key != stream.key
 
 
 # --- real images
 
 
 def test_real_sets(shared_data: Path) -> None:
-    coco = images.load(str(shared_data / "coco-256"), size=(96, 128), count=12)
+    coco = images.open_images(str(shared_data / "coco-256"), size=(96, 128), count=12)
     got = everything(coco)
     assert got.pixels.shape == (12, 3, 96, 128)
     assert 0 <= got.pixels.min() < 0.1
@@ -584,5 +584,5 @@ def test_real_sets(shared_data: Path) -> None:
     for boxes, mask in zip(got.boxes, got.masks, strict=True):
         assert (boxes[:, :2] < boxes[:, 2:]).all()
         assert mask is None or mask.shape == (96, 128)
-    tiny = everything(images.load(str(shared_data / "tiny-imagenet"), size=64, count=6))
+    tiny = everything(images.open_images(str(shared_data / "tiny-imagenet"), size=64, count=6))
     assert all(0 <= label < 200 and len(b) == 1 for label, b in zip(tiny.labels, tiny.boxes, strict=True))

@@ -125,7 +125,7 @@ def test_patches_are_cut_row_after_row() -> None:
     assert cut.shape == (2, 6, 768)
     normal = backbone.normalise(pixels)
     torch.testing.assert_close(cut[1, 4], normal[1, :, 16:32, 16:32].flatten())
-    source = images.load("scenes", size=(32, 48), count=5)
+    source = images.open_images("scenes", size=(32, 48), count=5)
     np.testing.assert_array_equal(local.pixels(backbone, source, 2), local.pixels(backbone, source, 5))
 
 

@@ -142,9 +142,9 @@ CHILD = """
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from vitregs.pretrain import loop, recipe, recipes, scores
-loop.WATCHED, loop.SCORED, loop.QUERIES, loop.BANK, scores.PROBED = 16, 16, 16, 16, 48
-chosen = recipe.parse(recipes.recipe(sys.argv[2]), sys.argv[3:]).override(name="run")
+from vitregs.train import config, evaluation, loop, recipes
+loop.WATCHED, loop.SCORED, loop.QUERIES, loop.BANK, evaluation.PROBED = 16, 16, 16, 16, 48
+chosen = config.parse(recipes.recipe(sys.argv[2]), sys.argv[3:]).override(name="run")
 print("gave", loop.train(chosen, out=Path(sys.argv[1]), device="cpu", every=4))
 """
 

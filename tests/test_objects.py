@@ -65,7 +65,7 @@ def test_a_patch_belongs_to_what_fills_most_of_it():
 
 
 def test_patches_of_scenes_against_a_loop():
-    source = images.load("scenes", size=(32, 48), count=9, seed=3)
+    source = images.open_images("scenes", size=(32, 48), count=9, seed=3)
     seen = ground_truth.object_truth(source, (4, 6))
     truth = next(source.batches(9)).truth
     assert truth is not None
@@ -96,14 +96,14 @@ def test_a_patch_is_in_a_box_with_its_centre():
 
 
 def test_photographs_have_boxes_or_nothing(tmp_path: Path, shared_data: Path):
-    coco = images.load(str(shared_data / "coco-256"), size=(32, 64), count=6, split="validation")
+    coco = images.open_images(str(shared_data / "coco-256"), size=(32, 64), count=6, split="validation")
     seen = ground_truth.object_truth(coco, (4, 8))
     assert seen.attrs["of"] == "boxes"
     assert not set(ground_truth.PROPERTIES) & set(seen.data_vars)
     boxes = [b for batch in coco.batches() for b in batch.boxes]
     assert seen["placed"].values.tolist() == [len(b) for b in boxes]
     assert seen.sizes["object"] == max(map(len, boxes))
-    bare = images.load(str(shared_data / "imagenette-224"), size=32, count=3, split="validation")
+    bare = images.open_images(str(shared_data / "imagenette-224"), size=32, count=3, split="validation")
     nothing = ground_truth.object_truth(bare, (4, 4))
     assert nothing.attrs["of"] == "nothing"
     assert not nothing["region"].values.any()
@@ -347,7 +347,7 @@ def test_noise_is_a_distribution_and_seeded(kind: str):
 
 
 def test_maps_are_raw_attention_of_each_query(model: backbone.Backbone):
-    pixels = images.load("scenes", size=(32, 48), count=5, seed=1)
+    pixels = images.open_images("scenes", size=(32, 48), count=5, seed=1)
     found = object_attention.attention_maps(model, pixels)
     assert list(found["query"].values) == ["cls", "reg0", "reg1", "reg2", "reg3", "2,3"]
     assert dict(found.sizes) == {"image": 5, "query": 6, "y": 4, "x": 6}
@@ -372,14 +372,14 @@ def test_maps_are_raw_attention_of_each_query(model: backbone.Backbone):
 
 @pytest.fixture(scope="module")
 def compared(model: backbone.Backbone) -> xr.Dataset:
-    return object_attention.compare(model, images.load("scenes", size=(48, 32), count=6, seed=1), clusters=5)
+    return object_attention.compare(model, images.open_images("scenes", size=(48, 32), count=6, seed=1), clusters=5)
 
 
 def test_scores_of_a_real_network(model: backbone.Backbone, compared: xr.Dataset):
     assert compared.sizes["image"] == 6
     assert compared["maps"].sel(way=["CLS", "registers", "k-means", "places"]).values.tolist() == [1, 4, 5, 5]
     assert compared["ari"].sel(way=["CLS", "registers, size known"]).isnull().all()
-    source = images.load("scenes", size=(48, 32), count=6, seed=1)
+    source = images.open_images("scenes", size=(48, 32), count=6, seed=1)
     seen, maps = (
         ground_truth.object_truth(source, (6, 4)),
         object_attention.of_kind(object_attention.attention_maps(model, source), "register"),
@@ -399,7 +399,7 @@ def test_scores_of_a_real_network(model: backbone.Backbone, compared: xr.Dataset
 
 
 def test_blocks_end_with_the_last(model: backbone.Backbone, compared: xr.Dataset):
-    source = images.load("scenes", size=(48, 32), count=6, seed=1)
+    source = images.open_images("scenes", size=(48, 32), count=6, seed=1)
     found = object_attention.by_block(model, source)
     assert found["block"].values.tolist() == list(range(1, model.depth + 1))
     np.testing.assert_allclose(found["iou"].isel(block=-1), compared["iou"].sel(way="registers"), atol=1e-6)

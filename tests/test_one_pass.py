@@ -84,7 +84,7 @@ def counted(bare: Backbone, source: images.Images, monkeypatch: pytest.MonkeyPat
 )
 def test_one_reading_and_one_forward_pass(work: Callable, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = registry.load("dinov2-pico-reg4", device="cpu")
-    source = images.load("scenes", size=64, count=40)
+    source = images.open_images("scenes", size=64, count=40)
     count = counted(bare, source, monkeypatch)
     work(bare, source)
     assert count == {"readings": 1, "passes": -(-40 // batch)}
@@ -155,14 +155,14 @@ def test_as_many_queries_as_tokens_are_exact() -> None:
 def test_a_diagnosis_without_attention_keeps_its_norms() -> None:
     """Differential attention has two maps a block; the sink column is empty and the report says why."""
     bare = registry.random("vit_dwee_patch16_reg1_gap_256", depth=3)
-    found = diagnose(bare, images.load("scenes", size=128, count=8), progress=False)
+    found = diagnose(bare, images.open_images("scenes", size=128, count=8), progress=False)
     assert found.norms.sizes["layer"] == 4
     assert found.layers["sink"].isna().all()
     assert "each of blocks 1 to 3 has more than one attention map" in found.text()
     assert found.attention is None
     bare = make("vit_small_patch14_dinov2")
     bare.net.blocks[1].attn.fused_attn = False
-    found = diagnose(bare, images.load("scenes", size=84, count=8))
+    found = diagnose(bare, images.open_images("scenes", size=84, count=8))
     assert found.layers["sink"].isna().tolist() == [True, False, True, False]
     assert "block 2 does not use fused attention" in found.sinks
     assert found.attention.shape == (3, 6, 6)
@@ -171,7 +171,7 @@ def test_a_diagnosis_without_attention_keeps_its_norms() -> None:
 def test_a_diagnosis_says_how_sinks_were_estimated() -> None:
     bare = make("vit_small_patch14_dinov2")
     bare.notes = ["the position table was resized"]
-    source = images.load("scenes", size=14 * 13, count=4)
+    source = images.open_images("scenes", size=14 * 13, count=4)
     found = diagnose(bare, source)
     assert found.facts()["sinks"] == "estimated from 128 random queries an image"
     assert (found.layers["sink_error"][1:] > 0).all()

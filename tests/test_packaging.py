@@ -1,4 +1,4 @@
-"""Packaging: one list of dependencies, pinned once; modules that import one way; nothing of one machine in the tree."""
+"""Packaging: one list of dependencies, pinned once; a wheel that works anywhere; nothing of one machine in the tree."""
 
 import ast
 import json
@@ -28,78 +28,7 @@ from vitregs.claims import ledger, scoreboard
 ROOT = paths.ROOT
 LIBRARY = ROOT / "lib" / "vitregs"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ROOMS = [
-    "problems",
-    "results",
-    "shapes",
-    "scenes",
-    "preparation",
-    "decoding",
-    "sources",
-    "images",
-    "backbones",
-    "capture",
-    "cutoffs",
-    "artifacts",
-    "resize",
-    "published",
-    "diagnose",
-    "attention",
-    "outliers",
-    "components",
-    "probes.logistic",
-    "probes.pick",
-    "probes.tasks",
-    "probes.classes",
-    "probes.local",
-    "probes.dense",
-    "probes.zero",
-    "probes.transfer",
-    "discovery",
-    "objects",
-    "slots",
-    "costs",
-    "tables",
-    "tables_probes",
-    "tables_dense",
-    "tables_discovery",
-    "tables_objects",
-    "evidence.measured",
-    "evidence.norms",
-    "evidence.knowledge",
-    "evidence.remedy",
-    "claims",
-    "canvas",
-    "draw",
-    "draw_training",
-    "draw_probes",
-    "draw_dense",
-    "draw_discovery",
-    "draw_objects",
-    "pretrain.recipe",
-    "pretrain.recipes",
-    "pretrain.feeds",
-    "pretrain.augment",
-    "pretrain.text",
-    "pretrain.vits",
-    "pretrain.schedules",
-    "pretrain.scores",
-    "pretrain.supervised",
-    "pretrain.clip",
-    "pretrain.mae",
-    "pretrain.dino",
-    "pretrain.dinov2",
-    "pretrain.objectives",
-    "pretrain.history",
-    "pretrain.meter",
-    "pretrain.cards",
-    "pretrain.loop",
-    "pretrain.lessons",
-    "chapters",
-    "cli",
-]
-PACKAGE = r"## The modules of `([a-z]+)/`"
-TRAINING = "vitregs.pretrain."  # modules that may need the packages of the extra `train`
+TRAINING = ("vitregs.train", "vitregs.book.demos")  # modules that may need the packages of the extra `train`
 EXTRAS = ("book", "train", "hub", "test")
 
 
@@ -160,11 +89,18 @@ def test_what_is_installed_fits(wanted: Requirement) -> None:
     assert wanted.specifier, f"{wanted.name} has no bound"
 
 
+def imported(file: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(file.read_text("utf-8"))))
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return names | {str(n.module) for n in nodes if isinstance(n, ast.ImportFrom)}
+
+
 def test_every_import_of_the_library_is_a_dependency() -> None:
     known = {canonicalize_name(r.name) for r in requirements("book", "train", "hub")}
     known |= {"jupyter-client", "nbclient"}  # of papermill, whose errors are named
     names = {"PIL": "pillow", "open_clip": "open-clip-torch", "IPython": "ipykernel", "sklearn": "scikit-learn"}
-    used = {n.split(".")[0] for f in LIBRARY.rglob("*.py") for n in imports(f)[0] if n.split(".")[0] != "vitregs"}
+    used = {n.split(".")[0] for f in LIBRARY.rglob("*.py") for n in imported(f)} - {"vitregs"}
     missing = {n for n in used if n not in sys.stdlib_module_names and canonicalize_name(names.get(n, n)) not in known}
     assert missing == set()
 
@@ -201,8 +137,7 @@ for found in pkgutil.walk_packages(vitregs.__path__, "vitregs."):
         importlib.import_module(found.name)
     except ValueError as error:
         said[found.name] = f"{type(error).__name__}: {error}"
-from vitregs import chapters, cli
-from vitregs.problems import Problem
+from vitregs import cli
 for words in (["train", "mae-pico"], ["run", "2", "--count", "2"], ["diagnose", "mae-pico", "--images", sys.argv[2]]):
     said[words[0]] = cli.main(words)
 print(json.dumps([said, [n for n in blocked if sys.modules[n]]]))
@@ -222,7 +157,7 @@ def test_the_core_imports_without_extras(tmp_path: Path) -> None:
     codes = [predicted.pop(name) for name in ("train", "run", "diagnose")]
     assert codes == [2, 2, 2]
     assert predicted
-    assert set(predicted.values()) == {"Problem: training needs more packages: pip install 'vitregs[train]'"}
+    assert set(predicted.values()) == {"InputError: training needs more packages: pip install 'vitregs[train]'"}
     assert not [name for name in predicted if not name.startswith(TRAINING)], (
         "a module outside training needs its packages"
     )
@@ -262,10 +197,13 @@ def outside(installed: Path, cwd: Path, code: str) -> subprocess.CompletedProces
 
 def test_a_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     code = """
-from vitregs import backbones, chapters, claims, results
+import vitregs as vr
+from vitregs import cache, paths
+from vitregs.book import parameters
+from vitregs.claims import ledger
 from vitregs.cli import main
-net = backbones.load("supervised-pico", device="cpu")
-print(net.source, len(claims.ledger()), chapters.names(), results.provenance()["commit"], results.BUILD, sep="|")
+net = vr.load("supervised-pico", device="cpu")
+print(net.source, len(ledger.ledger()), parameters.names(), cache.provenance()["commit"], paths.BUILD, sep="|")
 assert [main(["models", "mae"]), main(["scoreboard"]), main(["--version"]), main(["run", "2", "--help"])] == [0] * 4
 """
     done = outside(installed, tmp_path, code)
@@ -349,85 +287,6 @@ def test_citation_and_changelog_name_this_version() -> None:
     heads = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert heads[0] == ("Unreleased", "")
     assert heads[1] == (made["version"], made["date-released"])
-
-
-# --- modules
-
-
-def imports(file: Path) -> tuple[set[str], set[str]]:
-    """Modules a file imports: → all of them, and those that are imported with the file itself (not in functions)."""
-    tree = ast.parse(file.read_text("utf-8"))
-    late = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
-    every: set[str] = set()
-    early: set[str] = set()
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file.name} has a relative import"
-            module = node.module or ""
-            inside = ROOT / "lib" / module.replace(".", "/")
-            names = [f"{module}.{a.name}" if inside.is_dir() else module for a in node.names]
-        every.update(names)
-        early.update(n for n in names if id(node) not in late)
-    return every, early
-
-
-def module_name(file: Path) -> str:
-    return ".".join(file.relative_to(LIBRARY).with_suffix("").parts)
-
-
-@cache
-def modules() -> dict[str, Path]:
-    return {module_name(f): f for f in sorted(LIBRARY.rglob("*.py")) if f.name != "__init__.py"}
-
-
-def test_every_module_has_its_modules() -> None:
-    assert modules().keys() == set(ROOMS)
-    for file in LIBRARY.rglob("__init__.py"):  # a package may show what its own modules hold, and no more
-        own = f"vitregs.{file.parent.name}."
-        assert not [n for n in imports(file)[0] if n.startswith("vitregs") and not n.startswith(own)]
-
-
-@pytest.mark.parametrize("name", ROOMS)
-def test_imports_go_one_way(name: str) -> None:
-    above = ROOMS[: ROOMS.index(name)]
-    used = {n.removeprefix("vitregs.") for n in imports(modules()[name])[0] if n.startswith("vitregs.")}
-    assert used <= set(above)
-
-
-def test_the_map_shows_the_modules_in_order() -> None:
-    page = (ROOT / "ARCHITECTURE.md").read_text()
-    shown = {}
-    for title, part in zip(["", *re.findall(PACKAGE, page)], re.split(PACKAGE.replace("(", "(?:"), page), strict=True):
-        rows = re.findall(r"^\| (`[^|]*) \|", part, re.MULTILINE)
-        shown[title] = [name.rstrip("/") for row in rows for name in re.findall(r"`([a-z_0-9/]+)`", row)]
-    assert shown.pop("") == list(dict.fromkeys(name.split(".")[0] for name in ROOMS))
-    inner: dict[str, list[str]] = {}
-    for name in ROOMS:
-        if "." in name:
-            inner.setdefault(name.split(".")[0], []).append(name.split(".")[1])
-    assert shown == inner
-
-
-def test_modules_without_torch() -> None:
-    names = ("problems", "results", "artifacts", "cutoffs", "resize", "published")
-    for name in names:
-        assert not {n for n in imports(modules()[name])[0] if n.split(".")[0] in ("torch", "timm", "torchvision")}
-    code = f"import sys; from vitregs import {', '.join(names)}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
-
-
-def test_one_modules_has_hooks() -> None:
-    hooked = [n for n, f in modules().items() if re.search(r"register_\w*hook|TorchFunctionMode", f.read_text("utf-8"))]
-    assert hooked == ["capture"]
-
-
-@pytest.mark.parametrize("name", ROOMS)
-def test_a_module_says_what_it_is_for(name: str) -> None:
-    assert ast.get_docstring(ast.parse(modules()[name].read_text("utf-8")))
 
 
 # --- the tree

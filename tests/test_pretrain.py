@@ -570,7 +570,7 @@ def test_the_card_names_the_images_and_the_command(tmp_path: Path) -> None:
     card = json.loads((out / "recipe.json").read_text())
     assert card["command"] == f"vitregs train mae-pico-reg2 {' '.join(message)} --images '{mine}'"
     assert card["recipe"]["data"] == str(mine)
-    seen = images.load(str(mine), size=16).source
+    seen = images.open_images(str(mine), size=16).source
     assert card["images"] == {"trained": 36, "fingerprint": seen.fingerprint}
     page = (out / "README.md").read_text()
     assert f"`{card['command']}`" in page

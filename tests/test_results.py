@@ -196,7 +196,9 @@ def copy_of_the_library(folder: Path) -> Path:
 
 def hashes_of(folder: Path, *names: str) -> dict[str, str]:
     """Hashes of modules as a program finds them whose library is that folder; "" stands for all of the library."""
-    code = "import sys; from vitregs import results as r; print(r.__file__, *(r.code_hash(n or None) for n in sys.argv[1:]))"
+    code = (
+        "import sys; from vitregs import cache as r; print(r.__file__, *(r.code_hash(n or None) for n in sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", code, *names]
     env = {**os.environ, "PYTHONPATH": str(folder)}
     where, *found = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
@@ -204,19 +206,24 @@ def hashes_of(folder: Path, *names: str) -> dict[str, str]:
     return dict(zip(names, found, strict=True))
 
 
-PARTS = ("vitregs.capture", "vitregs.probes.local", "vitregs.discovery", "vitregs.draw", "")
+PARTS = ("vitregs.models.capture", "vitregs.probes.local", "vitregs.measure.lost", "vitregs.report.norms", "")
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "changed"),
     [
-        ("draw.py", "", "COLOUR = 'teal'", {"vitregs.draw", ""}),
-        ("tables.py", "", "WIDTH = 3", {""}),
+        ("report/norms.py", "", "COLOUR = 'teal'", {"vitregs.report.norms", ""}),
+        ("report/training.py", "", "WIDTH = 3", {""}),
         ("probes/local.py", "", "MORE = 1", {"vitregs.probes.local", ""}),
-        ("cutoffs.py", "2.5", "2.4", {"vitregs.probes.local", "vitregs.discovery", "vitregs.draw", ""}),
-        ("shapes.py", "", "MORE = 1", {"vitregs.probes.local", "vitregs.discovery", "vitregs.draw", ""}),  # far away
-        ("shapes.py", "", "# a remark", set()),
-        ("capture.py", '"""', '"""Reworded. ', set()),
+        (
+            "measure/mixture.py",
+            "2.5",
+            "2.4",
+            {"vitregs.probes.local", "vitregs.measure.lost", "vitregs.report.norms", ""},
+        ),
+        ("data/shapes.py", "", "MORE = 1", set(PARTS)),  # far away
+        ("data/shapes.py", "", "# a remark", set()),
+        ("models/capture.py", '"""', '"""Reworded. ', set()),
     ],
 )
 def test_code_hash_follows_what_measures(tmp_path: Path, file: str, old: str, new: str, changed: set[str]) -> None:
@@ -487,28 +494,28 @@ import resource, sys
 from pathlib import Path
 import numpy as np, torch, xarray as xr
 from safetensors.torch import save_file
-from vitregs import results
-from vitregs.problems import Problem
+from vitregs import cache
+from vitregs.errors import InputError
 file, writer = Path(sys.argv[1]), sys.argv[2]
 noise = torch.rand(100_000)
 def write():
     if writer == "netCDF":
-        results.save(xr.Dataset({"a": ("x", noise.numpy())}), file)
+        cache.save_dataset(xr.Dataset({"a": ("x", noise.numpy())}), file)
     elif writer == "torch":
-        results.write_whole(file, lambda spare: torch.save({"a": noise}, spare))
+        cache.write_whole(file, lambda spare: torch.save({"a": noise}, spare))
     else:
-        results.write_whole(file, lambda spare: save_file({"a": noise}, spare))
+        cache.write_whole(file, lambda spare: save_file({"a": noise}, spare))
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     write()
 except InputError as error:
-    print("Problem:", error)
+    print("InputError:", error)
 """
     file = tmp_path / "r"
     file.write_text("old")
     command = [sys.executable, "-W", "ignore", "-c", code, str(file), writer]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("Problem: cannot write"), done.stderr[-2000:]
+    assert done.stdout.startswith("InputError: cannot write"), done.stderr[-2000:]
     assert done.stdout.count("\n") == 1
     assert file.read_text() == "old"
     assert leftovers(tmp_path) == ["r"]

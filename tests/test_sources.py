@@ -47,7 +47,7 @@ def draw(folder: Path, *names: str, kind: str = "PNG") -> Path:
 
 
 def names(source: Path, **kw: object) -> list[str]:
-    return sorted(everything(images.load(str(source), size=8, **kw)).names)
+    return sorted(everything(images.open_images(str(source), size=8, **kw)).names)
 
 
 # --- keys
@@ -78,7 +78,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_folder_never_gets_the_numbers_of_another(pair: tuple[Path, Path], tmp_path: Path) -> None:
     def median(folder: Path) -> float:
-        source = images.load(str(folder), size=16, count=9)
+        source = images.open_images(str(folder), size=16, count=9)
         how = lambda: xr.Dataset({"v": float(np.median([p.median() for p in source.pixels()]))})  # noqa: E731
         return float(stored(tmp_path / "kept.nc", how, key=source.key)["v"])
 
@@ -89,26 +89,26 @@ def test_a_folder_never_gets_the_numbers_of_another(pair: tuple[Path, Path], tmp
 
 def test_the_key_is_of_content_and_not_of_place(pair: tuple[Path, Path], tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
-    before = images.load(str(pair[0]), size=16).key
+    before = images.open_images(str(pair[0]), size=16).key
     pair[0].rename(moved)
-    assert images.load(str(moved), size=16).key == before
+    assert images.open_images(str(moved), size=16).key == before
     file = sorted(moved.iterdir())[0]
     data, stat = bytearray(file.read_bytes()), file.stat()
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a copy that keeps times
-    assert images.load(str(moved), size=16).key != before
+    assert images.open_images(str(moved), size=16).key != before
 
 
 def test_only_what_is_drawn_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "set", *(f"{i}.png" for i in range(9)))
     read, real = [], file_hash
     monkeypatch.setattr(cache, "file_hash", lambda file: read.append(file) or real(file))
-    source = images.load(str(tmp_path / "set"), size=8, count=3)
+    source = images.open_images(str(tmp_path / "set"), size=8, count=3)
     assert not read
     first = source.key
     assert len(read) == 3
-    assert images.load(str(tmp_path / "set"), size=8, count=3).key == first
+    assert images.open_images(str(tmp_path / "set"), size=8, count=3).key == first
     assert len(read) == 3  # files that did not change are read once
 
 
@@ -143,7 +143,7 @@ def test_training_does_not_go_on_with_another_folder(pair: tuple[Path, Path], tm
 def test_shards(tmp_path: Path, files: list[str], split: str | None, expected: int) -> None:
     for i, file in enumerate(files):
         shard(tmp_path / "set" / file, 4, seed=10 * i)
-    got = everything(images.load(str(tmp_path / "set"), size=8, split=split))
+    got = everything(images.open_images(str(tmp_path / "set"), size=8, split=split))
     assert len(got.pixels) == expected
     assert f"has no split{'s, so no' * (not sources.split_names(tmp_path / 'set'))} 'nosuch'" in problem(
         tmp_path / "set", split="nosuch"
@@ -165,7 +165,7 @@ def test_links_are_followed_and_hidden_files_are_not_used(tmp_path: Path) -> Non
     for name in ("cat", "dog"):
         (root / name).symlink_to(tmp_path / "store" / name)
     (tmp_path / "store" / "cat" / "loop").symlink_to(root)
-    got = everything(images.load(str(root), size=8))
+    got = everything(images.open_images(str(root), size=8))
     assert sorted(zip(got.names, got.labels, strict=True)) == [("cat/1.png", "cat"), ("dog/2.png", "dog")]
 
 
@@ -174,7 +174,7 @@ def test_what_is_passed_over_is_named(tmp_path: Path) -> None:
     for name in ("clip.mp4", "raw.nef", "notes.txt"):
         (tmp_path / "set" / name).write_bytes(b"no image")
     with pytest.warns(UserWarning, match=r"passed over 2 files in .* cannot be used as images: clip.mp4, raw.nef$"):
-        found = images.load(str(tmp_path / "set"), size=8)
+        found = images.open_images(str(tmp_path / "set"), size=8)
     assert found.passed == ["clip.mp4", "notes.txt", "raw.nef"]
     (tmp_path / "set" / "a.png").unlink()
     assert "no images in" in problem(tmp_path / "set")
@@ -182,13 +182,13 @@ def test_what_is_passed_over_is_named(tmp_path: Path) -> None:
 
 def test_splits_of_a_folder(tmp_path: Path) -> None:
     root = draw(tmp_path / "set", "train/cat/1.png", "train/dog/2.png", "val/cat/3.png")
-    got = everything(images.load(str(root), size=8, split="train"))
+    got = everything(images.open_images(str(root), size=8, split="train"))
     assert sorted(zip(got.names, got.labels, strict=True)) == [("cat/1.png", "cat"), ("dog/2.png", "dog")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        images.load(str(root), size=8, split="val")
+        images.open_images(str(root), size=8, split="val")
     with pytest.warns(UserWarning, match="has splits: val is taken, not train"):
-        assert len(images.load(str(root), size=8).source.files) == 1
+        assert len(images.open_images(str(root), size=8).source.files) == 1
     assert "has no split 'test', only train, val" in problem(root, split="test")
     assert sources.split_names(root) == ["val", "train"]
     draw(root, "birds/4.png")  # now these are classes
@@ -199,7 +199,7 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
 def test_one_file_is_one_image(tmp_path: Path) -> None:
     draw(tmp_path, "photo.jpg", kind="JPEG")
     assert names(tmp_path / "photo.jpg") == ["photo.jpg"]
-    assert everything(images.load(str(tmp_path / "photo.jpg"), size=8)).labels == [None]
+    assert everything(images.open_images(str(tmp_path / "photo.jpg"), size=8)).labels == [None]
 
 
 def test_an_address_keeps_its_slashes() -> None:
@@ -221,14 +221,14 @@ def test_images_are_found_by_type(tmp_path: Path, column: str, struct_: bool) ->
     cells = [encode(noise(seed=i)) for i in range(3)]
     printed = [{"bytes": c, "path": None} for c in cells] if struct_ else cells
     file = table(tmp_path / "p.parquet", blob=[b"no image"] * 3, annotation=["a cat"] * 3, **{column: printed})
-    source = images.load(str(file), size=(20, 30))
+    source = images.open_images(str(file), size=(20, 30))
     got = everything(source)
     assert source.source.column == column
     assert len(got.pixels) == 3
     assert got.masks == [None] * 3
     assert "no image column 'annotation': its image columns are" in problem(file, image_column="annotation")
     with pytest.raises(InputError, match="not one image"):
-        everything(images.load(str(file), size=8, image_column="blob"))
+        everything(images.open_images(str(file), size=8, image_column="blob"))
 
 
 def test_images_beside_a_table(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def png16(values: np.ndarray, bits: int | None = None) -> bytes:
 
 
 def brightest(folder: Path, **kw: object) -> dict[str, float]:
-    got = everything(images.load(str(folder), size=(20, 30), **kw))
+    got = everything(images.open_images(str(folder), size=(20, 30), **kw))
     return {name: float(pixels.max()) for name, pixels in zip(got.names, got.pixels, strict=True)}
 
 
@@ -306,21 +306,23 @@ def boxed(file: Path, boxes: list[list[float]]) -> Path:
 
 def test_box_formats(tmp_path: Path) -> None:
     corners, coco = boxed(tmp_path / "a.parquet", [[8, 5, 28, 15]]), boxed(tmp_path / "b.parquet", [[20, 5, 10, 15]])
-    assert everything(images.load(str(corners), size=(20, 30))).boxes[0].tolist() == [[5, 8, 15, 28]]
-    assert everything(images.load(str(coco), size=(20, 30), box_format="xywh")).boxes[0].tolist() == [[5, 20, 20, 30]]
+    assert everything(images.open_images(str(corners), size=(20, 30))).boxes[0].tolist() == [[5, 8, 15, 28]]
+    assert everything(images.open_images(str(coco), size=(20, 30), box_format="xywh")).boxes[0].tolist() == [
+        [5, 20, 20, 30]
+    ]
     with pytest.raises(InputError, match=r"are not xyxy: .* has \(20, 5, 10, 15\); try box_format='xywh'"):
-        everything(images.load(str(coco), size=(20, 30)))
+        everything(images.open_images(str(coco), size=(20, 30)))
     with pytest.raises(InputError, match=r"are not xywh: .* try box_format='xyxy'"):
-        everything(images.load(str(corners), size=(20, 30), box_format="xywh"))
+        everything(images.open_images(str(corners), size=(20, 30), box_format="xywh"))
     with pytest.raises(InputError, match="shares of the image"):
-        everything(images.load(str(boxed(tmp_path / "c.parquet", [[0.1, 0.1, 0.5, 0.5]])), size=(20, 30)))
+        everything(images.open_images(str(boxed(tmp_path / "c.parquet", [[0.1, 0.1, 0.5, 0.5]])), size=(20, 30)))
 
 
 def test_real_boxes_are_corners(shared_data: Path) -> None:
     coco = shared_data / "coco-256"
-    assert sum(map(len, everything(images.load(str(coco), size=64)).boxes)) > 128
+    assert sum(map(len, everything(images.open_images(str(coco), size=64)).boxes)) > 128
     with pytest.raises(InputError, match="try box_format='xyxy'"):
-        everything(images.load(str(coco), size=64, box_format="xywh"))
+        everything(images.open_images(str(coco), size=64, box_format="xywh"))
 
 
 # --- preparation

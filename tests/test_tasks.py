@@ -18,7 +18,7 @@ def truth() -> scenes.Scenes:
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, np.ndarray]:
-    return datasets.labels([images.load("scenes", size=(48, 64), count=COUNT)])
+    return datasets.labels([images.open_images("scenes", size=(48, 64), count=COUNT)])
 
 
 def test_there_are_as_many_tasks_as_data_sets_in_the_table() -> None:
@@ -77,12 +77,12 @@ def test_images_without_labels_have_no_task(tmp_path: Path) -> None:
 
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"1 of 1 images of .* have no label to ask for"):
-        datasets.labels([images.load(str(tmp_path), size=32)])
+        datasets.labels([images.open_images(str(tmp_path), size=32)])
 
 
 def test_names_are_checked() -> None:
     with pytest.raises(InputError, match="unknown task on scenes 'color': did you mean 'colour'"):
-        datasets.labels([images.load("scenes", size=32, count=2)], ["color"])
+        datasets.labels([images.open_images("scenes", size=32, count=2)], ["color"])
     with pytest.raises(InputError, match="unknown data set 'CIFAR10': did you mean 'CIFAR-10'"):
         datasets.open_set("CIFAR10", size=(32, 32))
     with pytest.raises(InputError, match="no copy of Places205 on the hub is known: give a folder"):

@@ -26,7 +26,7 @@ def tiny(registers: int = 0) -> Backbone:
 
 
 def some(registers: int = 0, seed: int = 0, **more: Any) -> xr.Dataset:
-    source = images.load("scenes", size=(32, 48), count=COUNT, seed=seed)
+    source = images.open_images("scenes", size=(32, 48), count=COUNT, seed=seed)
     return transfer.measure(tiny(registers), source, **QUICK, **more)
 
 
@@ -60,7 +60,7 @@ def test_what_images_add_gives_the_scores_again(found: dict[str, xr.Dataset]) ->
 
 
 def test_one_pass_agrees_with_the_probes_by_themselves(found: dict[str, xr.Dataset]) -> None:
-    source = images.load("scenes", size=(32, 48), count=COUNT)
+    source = images.open_images("scenes", size=(32, 48), count=COUNT)
     states = capture.tokens(tiny(), source, kinds=("cls", "patch"), final_norm=True)
     truth = next(source.batches(COUNT)).truth
     assert truth is not None
@@ -97,7 +97,7 @@ def test_the_floor_is_shared_by_models_of_one_shape() -> None:
     transfer.FLOORS.clear()
     data = []
     for name in ("mae-pico", "mae-pico-reg4"):
-        source = images.load("scenes", size=64, count=12)
+        source = images.open_images("scenes", size=64, count=12)
         data.append(transfer.measure(registry.load(name, device="cpu"), source, floor=True, **QUICK))
     assert len(transfer.FLOORS) == 1
     np.testing.assert_array_equal(data[0]["floor"].values, data[1]["floor"].values)
@@ -106,7 +106,7 @@ def test_the_floor_is_shared_by_models_of_one_shape() -> None:
 
 
 def test_clip_models_are_asked_for_words_as_well() -> None:
-    source = images.load("scenes", size=64, count=12)
+    source = images.open_images("scenes", size=64, count=12)
     backbone = registry.load("clip-pico", device="cpu")
     requested = transfer.measure(backbone, source, **QUICK)["metric"].values.tolist()
     assert requested[-2:] == ["zero-shot", "zero-shot, largest"]
@@ -124,7 +124,7 @@ def photographs(folder: Path, labels: bool) -> None:
 
 def test_images_with_labels_alone_are_asked_for_labels(tmp_path: Path) -> None:
     photographs(tmp_path, labels=True)
-    data = transfer.measure(tiny(), images.load(str(tmp_path), size=(32, 48)), **QUICK)
+    data = transfer.measure(tiny(), images.open_images(str(tmp_path), size=(32, 48)), **QUICK)
     assert data["metric"].values.tolist() == ["label"]
     assert "counts" not in data
     assert report.transfer.differences({"clip-pico": data}).empty
@@ -134,7 +134,7 @@ def test_images_with_labels_alone_are_asked_for_labels(tmp_path: Path) -> None:
 def test_images_that_tell_nothing(tmp_path: Path) -> None:
     photographs(tmp_path, labels=False)
     with pytest.raises(InputError, match="neither labels nor masks nor depth"):
-        transfer.measure(tiny(), images.load(str(tmp_path), size=(32, 48)), **QUICK)
+        transfer.measure(tiny(), images.open_images(str(tmp_path), size=(32, 48)), **QUICK)
 
 
 def test_a_difference_is_paired(found: dict[str, xr.Dataset]) -> None:

@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike
+from scipy.stats import bootstrap
 
 from vitregs.errors import InputError, unknown
 
 KINDS = ("cls", "register", "patch", "distillation", "summary")
-
-
 NUMBERED = ("register", "summary")  # kinds of which a model has several
 
 
@@ -76,8 +75,24 @@ def bootstrap_ratio(sums: ArrayLike, counts: ArrayLike, *, draws: int = 1000) ->
 def bootstrap_interval(
     values: ArrayLike, *, draws: int = 2000, of: Callable[..., Any] = np.mean
 ) -> tuple[float, float, float]:
-    """Mean (or `of`) of per-image values with a 95 % bootstrap interval: (images,) → mean, low, high."""
+    """Mean (or `of`) of per-image values with a 95 % percentile bootstrap over images.
+
+    Args:
+        values: One value an image.
+        draws: Resamples.
+        of: A statistic that takes an axis, as `np.median`.
+
+    Returns:
+        Value, lower and upper end; both ends are the value itself where there is one image.
+
+    Example:
+        >>> bootstrap_interval([1.0, 1.0, 1.0])
+        (1.0, 1.0, 1.0)
+    """
     values = np.asarray(values, float)
-    pick = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(of(values[pick], axis=1), [0.025, 0.975])
-    return float(of(values)), float(low), float(high)
+    value = float(of(values))
+    if len(values) < 2:
+        return value, value, value
+    rng = np.random.default_rng(0)
+    found = bootstrap((values,), of, n_resamples=draws, method="percentile", vectorized=True, rng=rng)
+    return value, float(found.confidence_interval.low), float(found.confidence_interval.high)

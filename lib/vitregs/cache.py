@@ -107,7 +107,7 @@ def code_hash(module: str | None = None) -> str:
         12 hexadecimal digits.
 
     Raises:
-        Problem: for a module without a Python source.
+        InputError: for a module without a Python source.
     """
     home = __name__.split(".")[0]
     start = _file_of(module or home)
@@ -242,7 +242,7 @@ def stored(
         The data set, from the file or new.
 
     Raises:
-        Problem: if it cannot be written.
+        InputError: if it cannot be written.
     """
     facts = {"code": code or code_hash()}
     stamp = json.dumps({**key, **facts}, sort_keys=True, default=str)

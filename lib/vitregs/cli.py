@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 
 COMMANDS = ("diagnose", "run", "train", "models", "scoreboard")
-
-
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -166,14 +164,14 @@ def diagnose(
         raise InputError(f"--plot writes {', '.join(PLOTS[:-1])} or {PLOTS[-1]}, not {plot.suffix or plot.name!r}")
     if plot:
         _check_can_write(plot)
-    from vitregs.data.images import load
+    from vitregs.data.images import open_images
     from vitregs.measure.diagnose import diagnose
     from vitregs.models import capture, registry
 
     backbone = registry.load(model, weights=weights, device=device)
     shape = (size[0], size[-1]) if size else backbone.size
     backbone.grid(shape)
-    source = load(
+    source = open_images(
         images,
         size=shape,
         count=count,

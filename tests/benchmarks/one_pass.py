@@ -55,9 +55,9 @@ def work(what: str, folder: str, side: int, batch: int) -> None:
         "study": lambda source: lost.evaluate(backbone, source),
         "probe": lambda source: local.probe(backbone, source, batch=batch),
     }
-    plain(images.load(folder, size=side, count=1))
+    plain(images.open_images(folder, size=side, count=1))
     start = time.perf_counter()
-    tasks[what](images.load(folder, size=side))
+    tasks[what](images.open_images(folder, size=side))
     print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

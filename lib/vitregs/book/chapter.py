@@ -109,7 +109,7 @@ class Run:
         side = self.values.get("size", 0)
         size = (side, side) if side else backbone.size
         backbone.grid(size)
-        return images.load(
+        return images.open_images(
             self.values["images"],
             size=size,
             count=self.values["count"],
@@ -142,7 +142,7 @@ class Run:
             What the function gives, by the name of the model.
 
         Raises:
-            Problem: for lambdas, functions of the notebook, bound functions, keywords that are not plain or do not fit.
+            InputError: for lambdas, functions of the notebook, bound functions, keywords that are not plain or do not fit.
 
         Example:
             ``run.measure("norms", capture.norms, layers=[3])``

@@ -18,8 +18,6 @@ from vitregs.train import recipes
 from vitregs.train.config import parse
 
 NOTEBOOKS = paths.ROOT / "notebooks"
-
-
 TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
 
 

@@ -17,19 +17,13 @@ from vitregs.data import published
 from vitregs.errors import InputError, unknown
 
 RESULTS = paths.ROOT / "data" / "results"
-
-
 VERDICTS = ("reproduced", "not reproduced", "not testable at this scale")
-
-
 SIGNS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
     ">": operator.gt,
     ">=": operator.ge,
 }
-
-
 RULE = re.compile(r"(value|low|high) (<=|>=|<|>) (-?\d+(?:\.\d+)?)")
 
 

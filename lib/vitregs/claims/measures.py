@@ -19,8 +19,6 @@ from vitregs.models.pairs import register_pairs
 from vitregs.probes import transfer
 
 PAPERS = ("supervised", "clip", "dinov2")  # objectives of the networks that the paper trains with and without registers
-
-
 Evidence = Callable[[Path], "Measured"]
 
 
@@ -122,8 +120,6 @@ def apart(one: xr.Dataset, two: xr.Dataset, times: float, n: int, what: str) -> 
 
 
 NEEDS: dict[str, Callable[[Path], bool]] = {}
-
-
 CHAPTERS = ("03_when_outliers_appear", "07_registers")  # which keep norms at all layers
 
 

@@ -83,8 +83,6 @@ def _twice(truth: Scenes) -> np.ndarray:
 
 
 SHAPES, COLOURS = len(scenes.SHAPE_NAMES), len(scenes.COLOUR_NAMES)
-
-
 SCENES: Mapping[str, Answer] = {
     "colour": lambda t: _of(t, _largest(t), 1),  # of the object with the largest area
     "shape": lambda t: _of(t, _largest(t), 0),
@@ -164,8 +162,8 @@ def open_set(
         there_are = split_names(Path(folder).expanduser())
         splits = (known.train, next((s for s in (known.test, *SPLITS[:-1]) if s in there_are), known.test))
     return (
-        images.load(there, split=splits[0], count=train_count, **options),  # type: ignore[arg-type]
-        images.load(there, split=splits[1], count=test_count, **options),  # type: ignore[arg-type]
+        images.open_images(there, split=splits[0], count=train_count, **options),  # type: ignore[arg-type]
+        images.open_images(there, split=splits[1], count=test_count, **options),  # type: ignore[arg-type]
     )
 
 
@@ -180,7 +178,7 @@ def fingerprints(names: Sequence[str], folder: str = "") -> dict[str, str]:
         A text for each name, another where the training or the test part is another.
 
     Raises:
-        Problem: as `open_set` does.
+        InputError: as `open_set` does.
     """
     found = {}
     for name in names:

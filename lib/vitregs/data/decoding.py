@@ -18,11 +18,7 @@ from PIL import Image, ImageOps
 
 # formats of PIL that hold no image by themselves, or are read by another program
 OTHERS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "PDF"}
-
-
 RANGES = {"int": (65535.0, 2.0**31 - 1), "float": (1.0, 255.0, 65535.0)}  # of deep images, the first that fits is taken
-
-
 SLACK = 1.5  # a float may pass its range so much: resampling overshoots
 
 

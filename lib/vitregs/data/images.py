@@ -5,7 +5,7 @@ and what cannot be decoded or is not used is counted and reported.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,18 +18,12 @@ from torch import Tensor
 
 from vitregs.data import decoding, scenes
 from vitregs.data.preparation import Preparation
-from vitregs.data.sources import NOTES, Item, Source, encoded, listed, open_source
+from vitregs.data.sources import NOTES, Item, Opened, Source, encoded, listed, open_source
 from vitregs.errors import InputError, unknown
 
 FIRST_SCENE = 2**41  # far behind every scene that a training run sees
-
-
 BOX_FORMATS = ("xyxy", "xywh")  # corners, or the corner with width and height as COCO has it
-
-
 SCANNED = 32  # images that tell the range of a source of more than 8 bits
-
-
 DARK = 0.1  # share of the range below which a source is said to be dark
 
 
@@ -267,8 +261,8 @@ def background_share(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return (mask == 0).reshape(rows, height // rows, columns, width // columns).mean((1, 3)).ravel()
 
 
-def load(
-    source: str,
+def open_images(
+    source: str | Path | Sequence[Image.Image],
     *,
     size: int | tuple[int, int],
     count: int | None = None,
@@ -282,7 +276,8 @@ def load(
     """Open a source of images: nothing is decoded yet.
 
     Args:
-        source: "scenes", an image, a folder, a parquet file or folder of them, or a data set's name on the hub.
+        source: "scenes", an image, a folder, a parquet file or folder of them, a data set's name on the hub, or images
+            that are open already.
         size: Side or (height, width) in pixels.
         count: The most images that are drawn, None for all.
         seed: Draws which.
@@ -296,7 +291,11 @@ def load(
         The images, to be read as often as wanted.
 
     Raises:
-        Problem: for sources that do not exist or hold no images, and for values that make no sense.
+        InputError: for sources that do not exist or hold no images, and for values that make no sense.
+
+    Example:
+        >>> open_images("scenes", size=(64, 96), count=2).size
+        (64, 96)
     """
     shape = (size, size) if isinstance(size, int) else size
     if min(shape) < 1:
@@ -307,6 +306,9 @@ def load(
         raise unknown("box format", box_format, BOX_FORMATS)
     if full_scale is not None and not full_scale > 0:
         raise InputError(f"full_scale must be above 0, not {full_scale}")
+    if not isinstance(source, str | Path):
+        return Images("images in memory", shape, count, seed, preparation or Preparation(), Opened(list(source)))
+    source = str(source)
     if source == "scenes":
         if split is not None:
             raise InputError(f"scenes have no splits, so no {split!r}: leave the split away")

@@ -11,11 +11,7 @@ from PIL import Image
 from vitregs.errors import InputError, unknown
 
 MODES = ("center", "squash", "border")
-
-
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
-
-
 THIN = 8  # an image that would be resized to so many times the pixels that are kept is cropped first
 
 
@@ -31,7 +27,7 @@ class Preparation:
         fill: Red, green and blue of the padding, 0 to 255.
 
     Raises:
-        Problem: for values that make no sense.
+        InputError: for values that make no sense.
     """
 
     crop: float = 1.0

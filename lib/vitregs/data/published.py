@@ -8,8 +8,6 @@ from vitregs.errors import InputError, unknown
 from vitregs.paths import ROOT
 
 FOLDER = ROOT / "data" / "paper"
-
-
 EVIDENCE = ("paper", "slides", "notes", "code", "inference", "plot", "recalled")
 
 

@@ -15,8 +15,6 @@ from vitregs.data.shapes import SHAPES, checker, dots, stripes
 from vitregs.errors import InputError, unknown
 
 SHAPE_NAMES = tuple(SHAPES)
-
-
 COLOURS = {
     "red": (0.90, 0.12, 0.12),
     "orange": (0.98, 0.55, 0.05),
@@ -27,35 +25,15 @@ COLOURS = {
     "purple": (0.65, 0.15, 0.80),
     "white": (0.98, 0.98, 0.98),
 }
-
-
 COLOUR_NAMES = tuple(COLOURS)
-
-
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-
-
 BACKGROUNDS = ("flat", "gradient", "noise", "stripes", "checker")
-
-
 CLASSES = tuple(f"{colour} {shape}" for shape in SHAPE_NAMES for colour in COLOUR_NAMES)
-
-
 MOST_OBJECTS = 6
-
-
 BACKGROUND_DEPTH = 4.0  # of the background, in the unit in which the nearest object is at 1
-
-
 _LATTICE = 8  # knots of the smooth noise, per side
-
-
 _SCENE, _OBJECT = 16, 12  # random numbers a scene and an object use
-
-
 _DRAWS = _SCENE + _LATTICE**2 + MOST_OBJECTS * _OBJECT  # a multiple of 4: one counter step of Philox gives 4
-
-
 _HIDDEN = 0.25  # an object with less than this share of itself in view is not part of the labels
 
 

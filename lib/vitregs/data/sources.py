@@ -1,6 +1,7 @@
 """Where images lie: a file, a folder, parquet files or a hub name, and which of them are used; read lazily, keyed on content."""
 
 import hashlib
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from vitregs.cache import file_hash
 from vitregs.data import decoding
@@ -17,10 +19,7 @@ from vitregs.errors import InputError, extra
 from vitregs.hub import hub
 
 SPLITS = ("validation", "valid", "val", "test", "train")  # the first that exists is the default
-
-
 WORDS = (*SPLITS, "dev", "testing", "training")  # what names of files and folders call a split
-
 
 # endings of files that users keep beside images and nobody takes for some: passed over without a warning
 NOTES = {
@@ -40,11 +39,7 @@ NOTES = {
     ".log",
     "",
 }
-
-
 ONE = "all"  # the set of files that name no split
-
-
 IMAGES = (
     "image",
     "img",
@@ -52,14 +47,8 @@ IMAGES = (
     "jpg",
     "png",
 )  # columns, as data sets name them; the last three are those of webdataset
-
-
 LABELS = ("label", "fine_label", "labels", "cls", "npy")
-
-
 BOXES, MASKS = ("boxes", "box", "bboxes", "bbox"), ("mask", "annotation")
-
-
 SHUFFLE = 1000  # images in the shuffle buffer of a source that can only be streamed
 
 
@@ -195,6 +184,32 @@ class Folder:
         for file in self._drawn(count, seed):
             nested = file.parent != self.root
             yield Item(str(file.relative_to(self.root)), file, file.parent.name if nested else None)
+
+
+class Opened:
+    """Images that are open already, in their own order whatever the seed."""
+
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        """Take images. Raises InputError for an empty list and for what is no image of PIL."""
+        if not images:
+            raise InputError("the list of images is empty")
+        for image in images:
+            if not isinstance(image, Image.Image):
+                raise InputError(f"a list of images holds PIL images, not {type(image).__name__}")
+        self.images = images
+        self.passed, self.others, self.classes = list[str](), list[str](), list[str]()
+
+    def fingerprint(self, count: int | None, seed: int) -> str:
+        """Hash the pixels of the images."""
+        return _digest([hashlib.sha256(item.data).hexdigest() for item in self.items(count, seed)])  # type: ignore[arg-type]
+
+    def items(self, count: int | None, seed: int) -> Iterator[Item]:
+        """Yield the first images, encoded without loss."""
+        for i, image in enumerate(self.images[:count]):
+            plain = image if image.mode in ("1", "L", "P", "RGB", "RGBA", "I", "I;16", "F") else image.convert("RGB")
+            file = io.BytesIO()
+            plain.save(file, format="TIFF" if plain.mode == "F" else "PNG")
+            yield Item(f"image {i}", file.getvalue())
 
 
 def _split_folders(root: Path, images: Sequence[Path]) -> dict[str, Path]:

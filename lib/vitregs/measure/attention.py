@@ -45,7 +45,7 @@ def peaks(backbone: Backbone, images: Images) -> xr.DataArray:
         [image, layer], in [0, 1].
 
     Raises:
-        Problem: for a network without CLS.
+        InputError: for a network without CLS.
     """
     blocks = range(1, backbone.depth + 1)
     return peak_share(capture.attention(backbone, images, layers=blocks, queries=["cls"])).isel(query=0)
@@ -77,6 +77,6 @@ def first_maps(backbone: Backbone, images: Images, *, count: int) -> xr.DataArra
         [image, layer, query, token], with one layer and one query.
 
     Raises:
-        Problem: for a network without CLS.
+        InputError: for a network without CLS.
     """
     return capture.attention(backbone, next(images.pixels(count)), queries=["cls"]).mean("head")

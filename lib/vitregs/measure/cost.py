@@ -29,8 +29,6 @@ class Shape:
 
 
 TABLE = 37 * 37 + 1  # positions in the released DINOv2 models, which end their training at 518 pixels
-
-
 PUBLISHED = {  # the networks of data/paper/fig12.csv, at 224 pixels
     "ViT-S/14": Shape(width=384, depth=12, patches=256, positions=TABLE),
     "ViT-B/14": Shape(width=768, depth=12, patches=256, positions=TABLE),

@@ -1,25 +1,24 @@
 """Does my ViT have artifacts? Evidence at every layer, and a verdict that can be "none" or "inconclusive"."""
 
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from torch import Tensor
 
 from vitregs import arrays
-from vitregs.data.images import Images
 from vitregs.measure import outliers
 from vitregs.models import capture
 from vitregs.models.backbone import Backbone
 
 _SHOWN = 3  # images in the plot
-
-
 _EXACT = "exact"
 
 
-@dataclass
+@dataclass(repr=False)
 class Diagnosis:
     """What was found in one model on some images."""
 
@@ -39,6 +38,20 @@ class Diagnosis:
     attention: np.ndarray | None = None
     sinks: str = "exact"  # how the attention sinks were measured, and what could not be, in words
     notes: list[str] = field(default_factory=list)  # what was done to the model on the way from its file
+
+    def __repr__(self) -> str:
+        """The report, as a terminal shows it."""
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        """The report, as a notebook shows it: verdict, evidence, and a table of layers to unfold."""
+        table = self.layers.drop(columns="sink_error").round(2).to_html(index=False, border=0, na_rep="–")
+        size = f"{self.size[0]}x{self.size[1]}"
+        head = f"{self.model} ({self.weights}), {self.image_count} images of {self.images} at {size}"
+        return (
+            f"<p><strong>{escape(self.verdict)}</strong> (layer {self.layer}): {escape(self.evidence)}</p>"
+            f"<p>{escape(head)}</p><details><summary>Every layer</summary>{table}</details>"
+        )
 
     def facts(self) -> dict[str, Any]:
         """Everything but arrays, as plain values for JSON."""
@@ -93,7 +106,7 @@ class Diagnosis:
 
 def diagnose(
     backbone: Backbone,
-    images: Images,
+    images: Any,
     *,
     cut: float | None = None,
     queries: int | None = capture.QUERIES,
@@ -109,7 +122,7 @@ def diagnose(
 
     Args:
         backbone: The network.
-        images: A source of images.
+        images: Open images, pixels (n, 3, height, width) in [0, 1], a folder or a data set's name, or a list of PIL images.
         cut: A fixed cut-off on norms instead of the statistical rule.
         queries: Random queries of each image that attention sinks are estimated from; None for all, which takes several
             times as long.
@@ -117,9 +130,20 @@ def diagnose(
         precision: Of the forward pass, as in `capture`.
         progress: Whether to show a bar with images per second; None: if standard error is a terminal.
 
+    Returns:
+        Verdict, evidence and a table of layers; it shows itself in a notebook.
+
     Raises:
-        Problem: For too few images, a cut-off that is not positive, broken weights, and too little memory.
+        InputError: For too few images, a cut-off that is not positive, broken weights, and too little memory.
+
+    Example:
+        >>> import vitregs as vr
+        >>> vit = vr.load("supervised-pico")
+        >>> diagnose(vit, vr.open_images("scenes", size=vit.size, count=16)).verdict
+        'none'
     """
+    images = capture.opened(backbone, images)
+    pixels = isinstance(images, Tensor)
     parts: list[xr.Dataset] = []
     shown: list[np.ndarray] = []
     maps: list[np.ndarray] = []
@@ -147,15 +171,15 @@ def diagnose(
     return Diagnosis(
         backbone.name,
         backbone.source,
-        images.name,
+        "a tensor" if pixels else images.name,
         int(norms.sizes["image"]),
-        images.size,
+        tuple(images.shape[-2:]) if pixels else images.size,
         word,
         layer,
         why,
         rule,
         layers,
-        list(images.skipped),
+        [] if pixels else list(images.skipped),
         norms,
         np.concatenate(shown),
         np.concatenate(maps) if maps else None,

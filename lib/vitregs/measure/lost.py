@@ -22,20 +22,10 @@ from vitregs.models.backbone import Backbone
 from vitregs.models.registry import pick_device
 
 PROJECTIONS = ("key", "query", "value")
-
-
 RULES = ("zero", "centre", "best")  # of a bias; the last is chosen on the first half of the images
-
-
 SIDES = ("y0", "x0", "y1", "x1")
-
-
 BIASES = tuple(np.round(np.linspace(-1, 0, 21), 2))  # on features of length 1, where -1 keeps nothing
-
-
 OVERLAP = 0.5  # intersection over union that makes a hit
-
-
 CACHE, MEMORY = 2**21, 2**28  # numbers in the Gram matrices of a chunk: on a CPU, near its cache; on a GPU
 
 

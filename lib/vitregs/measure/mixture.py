@@ -20,38 +20,16 @@ from scipy.special import digamma, expit, gammaln, log_ndtr, stdtr
 from vitregs.errors import InputError
 
 LEAST_GAIN = 12.0  # log-likelihood that the second mode must gain for its three parameters
-
-
 LEAST_RATIO = 2.5  # its centre over the median norm
-
-
 _SEARCH_RATIO = 1.5  # where the search for it begins, so that a minor mode is seen for what it is
-
-
 LEAST_SEPARATION = 3.0  # Ashman's D: distance of the centres over the root mean square of the two standard deviations
-
-
 LEAST_TOKENS = 10
-
-
 DEEPEST_VALLEY = 0.7  # density at the bottom of the valley over the density at the second mode, at most
-
-
 LEAST_DATA = 200
-
-
 _BINS = 600  # over 8 standard deviations of the bulk
-
-
 _LEAST_SCALE = 0.01  # of the bulk in log norm: nothing finer is looked at
-
-
 _PLACES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # of a second mode, as quantiles of all that it could hold
-
-
 _TRIES = 4
-
-
 _LIGHT, _HEAVY = 3.0, -5.0  # where the search for the tail begins: 191 and 3.3 degrees of freedom, as free numbers
 
 

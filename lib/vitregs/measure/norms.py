@@ -20,7 +20,7 @@ def norms_at(backbone: Backbone, images: Images, *, layer: int = -1) -> xr.DataA
         [image, token].
 
     Raises:
-        Problem: for a layer that does not exist.
+        InputError: for a layer that does not exist.
     """
     return capture.norms(backbone, images, layers=[layer]).isel(layer=0)
 

@@ -22,14 +22,8 @@ from vitregs.models import capture
 from vitregs.models.backbone import Backbone
 
 RULES = ("mass", "oracle", "argmax")  # how a map becomes a mask
-
-
 SCALES = ("mean", "place", "none")  # what a map is divided by before maps compete for patches
-
-
 NOISE = ("white", "smooth")
-
-
 SEEDS = 4  # starts of k-means, the best of which counts
 
 
@@ -325,8 +319,6 @@ def _adjusted(share: float, n: int, freedom: int) -> float:
 
 
 SHIFTS = 8  # later images whose objects the same maps are held against: what chance gives
-
-
 QUANTITIES = {"iou": "best-match IoU", "ari": "adjusted Rand index"}
 
 

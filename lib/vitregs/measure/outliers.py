@@ -45,6 +45,41 @@ def mark_outliers(norms: xr.DataArray, cut: Cutoff) -> xr.DataArray:
     return (norms > (np.inf if cut.value is None else cut.value)).rename("outlier")
 
 
+def find_outliers(seen: xr.Dataset | xr.DataArray, *, layer: int = -1, cutoff: float | None = None) -> xr.DataArray:
+    """Mark outlier tokens at one layer, by the statistical rule or above a named cut-off (section 2.1, Fig 3).
+
+    Args:
+        seen: What `capture(…, norms=True)` gives, or its `norms` [image, layer, token].
+        layer: Number of the layer, 0 to L; negative ones count from the end.
+        cutoff: A norm above which tokens are outliers; None for the rule, which can find that there are none.
+
+    Returns:
+        bool [image, token]. Attributes: cutoff (a norm, nan if there is none), share (of patches above it), ratio (of the
+        outliers' typical norm to the median), and rule, in words.
+
+    Raises:
+        InputError: for a layer that was not captured, and a cut-off that is not positive.
+
+    Example:
+        >>> import vitregs as vr
+        >>> vit = vr.load("hunt-pico")
+        >>> seen = vr.capture(vit, vr.open_images("scenes", size=vit.size, count=32), norms=True)
+        >>> 0.01 < find_outliers(seen).attrs["share"] < 0.2
+        True
+    """
+    norms = seen if isinstance(seen, xr.DataArray) else seen.get("norms")
+    if norms is None or "layer" not in norms.dims:
+        raise InputError("outliers are found among norms of layers: capture(…, norms=True) first")
+    layers = norms["layer"].values
+    number = layers[layer] if -len(layers) <= layer < 0 else layer
+    if number not in layers:
+        raise InputError(f"layer {layer} was not captured: there are {', '.join(map(str, layers))}")
+    at = norms.sel(layer=number)
+    cut = find_cutoff(at, cutoff)
+    value = np.nan if cut.value is None else cut.value
+    return mark_outliers(at, cut).assign_attrs(cutoff=value, share=cut.share, ratio=cut.ratio, rule=str(cut))
+
+
 def layer_evidence(norms: xr.DataArray, fixed: float | None = None) -> pd.DataFrame:
     """Evidence for artifacts at every layer: [image, layer, token], a fixed cut-off if one is named → a row per layer.
 
@@ -88,8 +123,6 @@ def has_emerged(row: Mapping[Any, Any] | pd.Series) -> bool:
 
 
 CERTAIN_RATIO = 4.0  # a second mode this far above the median norm is an artifact beyond doubt
-
-
 QUIET_RATIO = 4.0  # without a mode, and with largest / median below this everywhere, there is none
 
 

@@ -14,8 +14,6 @@ from vitregs.arrays import patch_maps
 from vitregs.errors import InputError
 
 RATE, WARMUP, CLIP = 5e-3, 0.1, 1.0  # peak learning rate, share of steps that rise to it, largest gradient norm
-
-
 SHARP = 3.0  # factor on the first logits: slots begin as a soft k-means that already decides
 
 

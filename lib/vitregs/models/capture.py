@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,24 +22,15 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from vitregs.arrays import KINDS, token_coords
-from vitregs.data.images import Batch
+from vitregs.data.images import Batch, open_images
 from vitregs.errors import InputError, unknown
 from vitregs.models.backbone import Backbone
 
 Reduce = Callable[[Tensor], None]
-
-
 Look = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], None]  # layer, q, k, v, mask, scale
-
-
 PROJECTIONS = ("query", "key", "value")
-
-
 PRECISIONS = ("float32", "bfloat16")
-
-
 QUERIES = 128  # random queries an image to estimate attention received from: on DeiT-Tiny at 448 px, sinks of 12 fair
-
 
 # shares and more come out within 6 % in the mean over 8 images, sinks of 10 shares up to 17 % too low
 _FULL = re.compile("out of memory|not enough memory|allocate memory|bad_alloc", re.IGNORECASE)
@@ -486,9 +478,27 @@ def _batches(images: ImageSource | Tensor, batch: int) -> Iterator[Batch]:
         raise InputError("there are no images to measure")
 
 
+def opened(backbone: Backbone, images: Any) -> ImageSource | Tensor:
+    """Open what a user names as images, prepared as the model's own evaluation does it.
+
+    Args:
+        backbone: The network that decides size and preparation.
+        images: A source or pixels (n, 3, height, width) in [0, 1], which stay as they are; otherwise what
+            `images.open_images` takes, a folder or a list of PIL images for example.
+
+    Raises:
+        InputError: as `images.open_images` does.
+    """
+    if isinstance(images, str | Path | list | tuple):
+        return open_images(images, size=backbone.size, preparation=backbone.preparation)
+    if isinstance(images, Tensor) or hasattr(images, "pixels"):
+        return images
+    raise InputError(f"images are a folder, a list of PIL images, a tensor or open images, not {type(images).__name__}")
+
+
 def stream(
     backbone: Backbone,
-    images: ImageSource | Tensor,
+    images: Any,
     *,
     batch: int = 32,
     precision: str = "float32",
@@ -497,6 +507,7 @@ def stream(
 ) -> Iterator[tuple[Batch, xr.Dataset]]:
     """Measure batch after batch, for what need not be kept: as `capture`, yielding each batch and what was found in it."""
     watch = _Pass(_Plan(backbone, **what))
+    images = opened(backbone, images)
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     total = len(images) if isinstance(images, Tensor) else getattr(images, "count", None)
@@ -527,7 +538,7 @@ def join(parts: list[xr.Dataset]) -> xr.Dataset:
 
 def capture(
     backbone: Backbone,
-    images: ImageSource | Tensor,
+    images: Any,
     *,
     norms: bool | Sequence[int] = False,
     tokens: Sequence[int] | None = None,
@@ -554,7 +565,7 @@ def capture(
 
     Args:
         backbone: The network.
-        images: A source of images, or pixels (n, 3, height, width) in [0, 1].
+        images: Open images, pixels (n, 3, height, width) in [0, 1], a folder or a data set's name, or a list of PIL images.
         norms: True for L2 norms of the token states at all layers, or the layers (section 2.1, Fig 3, 4a, 7, 15).
         tokens: Layers at which the token states themselves are kept.
         attention: Kinds of tokens, or patches by their number row after row, whose attention to all tokens is kept: rows
@@ -585,12 +596,17 @@ def capture(
         if estimated, with standard errors received_error and sink_error; embeddings [image, token, channel].
 
     Raises:
-        Problem: For layers, tokens or names that do not exist, no images, values that are not finite, blocks whose
+        InputError: For layers, tokens or names that do not exist, no images, values that are not finite, blocks whose
             attention cannot be watched, and too little memory.
 
     Example:
-        >>> seen = capture(backbone, images, norms=True, attention=["cls"], qkv=["value"])  # doctest: +SKIP
-        >>> seen.norms.sel(layer=12, token="patch").median()  # doctest: +SKIP
+        >>> import vitregs as vr
+        >>> vit = vr.load("supervised-pico-reg4")
+        >>> seen = capture(vit, vr.open_images("scenes", size=vit.size, count=2), norms=True, attention=["cls"])
+        >>> dict(seen.norms.sel(layer=8, token="register").sizes)
+        {'image': 2, 'token': 4}
+        >>> dict(seen.attention.sizes)
+        {'image': 2, 'attention_layer': 1, 'head': 3, 'query': 1, 'token': 149}
     """
     what = {k: v for k, v in locals().items() if k not in ("backbone", "images")}
     return join([found for _, found in stream(backbone, images, **what)])
@@ -679,6 +695,7 @@ __all__ = [
     "hooks",
     "join",
     "norms",
+    "opened",
     "patch_embeddings",
     "projections",
     "register_means",

@@ -1,5 +1,6 @@
 """A name becomes a Backbone: the zoo, any timm ViT, or a weight file."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -27,10 +28,8 @@ from vitregs.models.weights import Convert, files, fill, patch_size, position_gr
 
 ZOO = paths.ROOT / "data" / "zoo"
 
-
 # timm's files whose models keep one grid of patch tokens
 VIT_MODULES = {"vision_transformer", "vision_transformer_relpos", "deit", "eva", "beit"}
-
 
 # Names of hubs → timm's name of the same network, the first pattern that fits
 SIZES = {
@@ -42,8 +41,6 @@ SIZES = {
     "h": "huge",
     "plus": "_plus",
 }
-
-
 HUBS: tuple[tuple[str, str], ...] = (
     (r"(?:hf[-_]hub:)?(?:timm/)?(.+)", r"\1"),
     (r"dinov2_vit([sblg])14(?:_lc)?", r"vit_{1}_patch14_dinov2.lvd142m"),
@@ -91,7 +88,7 @@ def split(name: str) -> tuple[str, Path | None]:
 
 
 def _is_training(path: Path | None) -> bool:
-    """Whether a path is a folder that `pretrain` wrote."""
+    """Whether a path is a folder that `train` wrote."""
     return path is not None and (path / "recipe.json").is_file()
 
 
@@ -188,10 +185,14 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "auto") 
 
     Returns:
         The model, frozen; its size is that of the grid its positions were trained on, its `notes` tell what was
-        converted. Weights that a name brings along are told in the name: NAME@patch embedding-HASH.
+        converted. Weights that a name brings along are told in the name: NAME@STEM-HASH.
 
     Raises:
-        Problem: For unknown names, models that are not ViTs, unreadable or unfitting weights, and no network.
+        InputError: For unknown names, models that are not ViTs, unreadable or unfitting weights, and no network.
+
+    Example:
+        >>> load("supervised-pico-reg4").registers
+        4
     """
     check(name)
     target = pick_device(device)
@@ -211,8 +212,8 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "auto") 
 
 def _label(bare: str, path: Path, found: str) -> str:
     """Name a model by its weights too: name, file or folder, SHA-256 → a name that is safe as part of a file name."""
-    embeddings = re.sub(r"[^\w.+-]+", "_", path.resolve().stem if path.is_file() else path.resolve().name)
-    return f"{bare}@{found[:6]}" if embeddings == bare else f"{bare}@{embeddings}-{found[:6]}"
+    stem = re.sub(r"[^\w.+-]+", "_", path.resolve().stem if path.is_file() else path.resolve().name)
+    return f"{bare}@{found[:6]}" if stem == bare else f"{bare}@{stem}-{found[:6]}"
 
 
 def random(name: str, *, seed: int = 0, **options: Any) -> Backbone:
@@ -226,6 +227,44 @@ def random(name: str, *, seed: int = 0, **options: Any) -> Backbone:
         torch.manual_seed(seed)
         net, convert = _build(name, **options)
     return _described(_wrap(name, net, "random weights", f"random, seed {seed}"), convert)
+
+
+def wrap(net: nn.Module, name: str = "") -> Backbone:
+    """Take a timm ViT that is loaded already, as it stands: frozen, in evaluation mode, on its device.
+
+    Args:
+        net: A module of timm's ViT family, with `patch_embed`, `blocks` and prefix tokens.
+        name: What it is called in tables; by default timm's name of its architecture.
+
+    Returns:
+        The same module with the facts needed to feed it and to name its tokens; mean, standard deviation, size and
+        preparation follow timm's data config of the module.
+
+    Raises:
+        InputError: for a module of another kind.
+
+    Example:
+        >>> import timm
+        >>> wrap(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)).depth
+        2
+    """
+    lacks = [part for part in ("patch_embed", "blocks", "num_prefix_tokens", "embed_dim") if not hasattr(net, part)]
+    if lacks or not hasattr(net.patch_embed, "patch_size"):
+        raise InputError(f"{type(net).__name__} is no plain ViT of timm: it has no {(lacks or ['patch_size'])[0]}")
+    if not len(net.blocks):  # type: ignore[arg-type]
+        raise InputError(f"{type(net).__name__} has no blocks")
+    config: Any = getattr(net, "pretrained_cfg", None) or {}
+    known = str(config.get("architecture") or type(net).__name__)
+    return _wrap(name or known, net, "a module in memory", f"in memory, {_state_hash(net)}")
+
+
+def _state_hash(net: nn.Module) -> str:
+    """Hash the weights of a module: → 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for key, value in net.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _wrap(name: str, net: nn.Module, source: str, weights: str) -> Backbone:

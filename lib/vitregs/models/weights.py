@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from vitregs.errors import InputError
 
 Tensors = dict[str, Tensor]
-
-
 Convert = Callable[[Tensors, nn.Module], Tensors]  # timm's filter, bound as the model's entry binds it
-
-
 FOLDER = (  # what a folder of weights may hold, the first that is there
     "model.safetensors.index.json",
     "model.safetensors",
@@ -29,7 +25,6 @@ FOLDER = (  # what a folder of weights may hold, the first that is there
     "pytorch_model.bin",
     "weights*.safetensors",
 )
-
 
 # where a checkpoint may keep its weights, the first that is there: averaged ones before those of the last step
 CONTAINERS = (
@@ -42,17 +37,9 @@ CONTAINERS = (
     "encoder",
     "student",
 )
-
-
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # anywhere in a name
-
-
 PREFIXES = ("module.", "teacher.", "model_ema.", "model.", "backbone.", "encoder.", "student.")
-
-
 HUGGING_FACE = ("vit.", "deit.", "dinov2.", "dinov2_with_registers.", "dinov3_vit.", "beit.", "vision_model.")
-
-
 HF_HEADS = (
     "classifier.",
     "cls_classifier.",
@@ -60,15 +47,12 @@ HF_HEADS = (
     "visual_projection.",
 )  # outside those prefixes
 
-
 # the patch embedding and the positions in each layout that timm's filters or the table below convert
 HF_PATCHES = (
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.weight",
     "embeddings.patch_embedding.weight",
 )
-
-
 PATCHES = (
     "patch_embed.proj.weight",
     "visual.conv1.weight",
@@ -81,8 +65,6 @@ PATCHES = (
     "beit3.vision_embed.proj.weight",
     "radio_model.model.patch_generator.embedder.weight",
 )
-
-
 POSITIONS = (
     "pos_embed",
     "visual.positional_embedding",
@@ -94,16 +76,9 @@ POSITIONS = (
     "beit3.encoder.embed_positions.A.weight",
     "radio_model.model.patch_generator.pos_embed",
 )
-
-
 RELATIVE = "relative_position_bias_table"
-
-
 HEADS = ("head", "fc_norm.")  # parts that no measurement inside the network needs
-
-
 UNUSED = (*HEADS, "norm.", "mask_token", "decoder", "lm_head", "attn_pool.")  # what a network may leave aside
-
 
 # Key names of Hugging Face's ViT, DeiT, MAE, DINOv2, DINOv3, BEiT and CLIP vision models → timm's or the authors' own
 HF_NAMES = (
@@ -132,13 +107,8 @@ HF_NAMES = (
     (r"^distillation_classifier\.", "head_dist."),
     (r"^visual_projection\.", "head."),
 )
-
-
 HF_UNUSED = re.compile(r"^pooler\.dense\.|position_ids$|relative_position_index$")
-
-
 NUMPY: list[Any] = [v.__reduce__()[0] for v in (np.float64(0), np.zeros(1))]  # how it makes scalars and arrays again
-
 
 # Types besides tensors that a checkpoint may hold: they keep values, and no call of theirs runs anything of the file's
 HARMLESS: list[Any] = [
@@ -162,7 +132,7 @@ def files(path: Path) -> list[Path]:
         The files in order, all of which exist.
 
     Raises:
-        Problem: If there is none, or if the index is broken or names files that are not there.
+        InputError: If there is none, or if the index is broken or names files that are not there.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -193,7 +163,7 @@ def read(path: Path) -> tuple[Tensors, list[str]]:
         The tensors under names that timm's filters know, and what was converted, a sentence each.
 
     Raises:
-        Problem: For a missing, truncated or unsafe file, and for one without a table of tensors.
+        InputError: For a missing, truncated or unsafe file, and for one without a table of tensors.
     """
     state: Tensors = {}
     notes: list[str] = []
@@ -327,7 +297,7 @@ def position_grid(state: Tensors, net: Any) -> tuple[int, int] | None:
         Rows and columns, the network's own where they account for every row of the table; None without positions.
 
     Raises:
-        Problem: If no grid is as large as the table, with a sentence that goes on after "does not fit NAME:".
+        InputError: If no grid is as large as the table, with a sentence that goes on after "does not fit NAME:".
     """
     own: tuple[int, int] = tuple(net.patch_embed.grid_size)
     key = next((k for k in POSITIONS if k in state), "")
@@ -370,7 +340,7 @@ def fill(net: Any, state: Tensors, convert: Convert) -> list[str]:
         What was left out, a sentence each.
 
     Raises:
-        Problem: If tensors are missing, have no place or another shape, with a sentence that goes on after "does not
+        InputError: If tensors are missing, have no place or another shape, with a sentence that goes on after "does not
             fit NAME:".
     """
     wanted: Tensors = net.state_dict()

@@ -20,14 +20,8 @@ from vitregs.models.backbone import Backbone
 from vitregs.probes import logistic, sampling
 
 METRICS = ("top1", "mean per class", "mAP")
-
-
 NEIGHBOURS, HEAT = 20, 0.07
-
-
 TRAIN_SHARE = 2 / 3  # of the images, where a source has no split of its own
-
-
 FEW = tuple(10.0**k for k in range(-5, 1))  # a short grid, where hundreds of fits are asked for
 
 

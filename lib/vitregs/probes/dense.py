@@ -17,23 +17,11 @@ from vitregs import arrays
 from vitregs.errors import InputError, unknown
 
 SHARE = 2 / 3  # of the images are trained on, the first ones
-
-
 STEPS, BATCH = 400, 16  # the paper's heads see 40,000 steps of 16 images
-
-
 POINTS = 64  # pixels that a step draws in each image
-
-
 RATE, DECAY, WARM = 3e-2, 1e-4, 0.04  # of AdamW: largest rate, weight decay, part of the steps in which the rate rises
-
-
 HEADS = ("relu", "softmax")  # of depth
-
-
 LIMIT = 2**21  # numbers in one block of interpolated scores: bounds the memory, and stays near the cache
-
-
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -21,14 +21,8 @@ from vitregs.models.backbone import Backbone
 from vitregs.probes import logistic
 
 TRAIN_SHARE = 2 / 3  # of the images
-
-
 TOKENS = 16384  # training tokens, at most
-
-
 STRENGTHS = (1e-2, 1.0, 1e2)
-
-
 RIDGES = tuple(10.0**k for k in range(-4, 3))  # penalties, in units of the mean variance of a channel
 
 

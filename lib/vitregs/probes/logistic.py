@@ -15,20 +15,10 @@ from torch import Tensor
 from vitregs.errors import InputError
 
 GRID = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))  # C of DINOv2's own evaluation (section 2.4)
-
-
 MEMORY, LONGEST = 12, 1000  # pairs that L-BFGS keeps; steps before it gives up
-
-
 CLOSE = 1e-6  # expected decrease of the loss under which a problem is solved
-
-
 SUFFICIENT = 1e-4  # Armijo's constant
-
-
 LARGEST = 2**26  # numbers in one block of logits: bounds the memory
-
-
 HELD = 0.1  # part of the training set on which the strength is chosen
 
 

@@ -19,14 +19,8 @@ from vitregs.models.backbone import Backbone
 from vitregs.probes import classification, dense, zero_shot
 
 LARGEST_OBJECT_TASKS = ("colour", "shape", "colour and shape")  # of the object with the largest area
-
-
 STRENGTHS = (0.1, 1.0, 10.0)  # of the classifier: near the best for all our networks, so that the choice is hardly luck
-
-
 BACKGROUND = scenes.BACKGROUND_DEPTH
-
-
 FLOORS: dict[str, xr.Dataset] = {}  # scores of untrained networks: several models of a chapter share one
 
 

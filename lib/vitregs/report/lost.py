@@ -17,8 +17,6 @@ from vitregs.models.pairs import register_pairs
 from vitregs.report.style import PALETTE, axes_grid, blank, note
 
 SETS = ("VOC2007", "VOC2012", "COCO20k")
-
-
 RULES = dict(zip(lost.RULES, ("bias 0", "centred", "best bias"), strict=True))
 
 

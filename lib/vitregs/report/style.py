@@ -14,8 +14,6 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 PALETTE = sns.color_palette("colorblind")
-
-
 STYLE: Any = {
     "figure.dpi": 110,
     "savefig.facecolor": "white",
@@ -105,6 +103,15 @@ def plot_images(
                 figure.colorbar(shown, ax=axes[:, j], shrink=0.8, label=label, location="bottom", aspect=14)
     axes[0, 0].set_title("image")
     for axis in axes.flat:
+        blank(axis)
+    return figure
+
+
+def plot_maps(maps: np.ndarray, colours: str = "inferno") -> Figure:
+    """Maps in a row, each with its own colour range: (n, rows, columns) → Figure."""
+    figure, axes = axes_grid(1, len(maps), 1.5 * len(maps), 1.6, layout="compressed")
+    for axis, values in zip(axes[0], maps, strict=True):
+        axis.imshow(values, cmap=colours, interpolation="nearest")
         blank(axis)
     return figure
 

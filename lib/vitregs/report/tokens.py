@@ -16,8 +16,6 @@ from vitregs.measure import redundancy
 from vitregs.report.style import PALETTE, axes_grid, blank, note
 
 GROUPS = ("background", "object", "border")
-
-
 Mark = tuple[xr.DataArray, str]
 
 
@@ -117,8 +115,6 @@ LOCAL = {  # our quantity → unit shown, the paper's name for it
     "mean_patch": ("L2 of the mean patch", ""),
     "r2": ("pixels, R²", ""),
 }
-
-
 TABLE_1 = "DINOv2 ViT-g/14 (paper)"
 
 

@@ -21,8 +21,6 @@ PAPER = {  # Table 2: column of ours → data set, quantity
     "NYUd, rmse": ("table_2a", "NYUd", "rmse"),
     "zero-shot, %": ("table_2b", "ImageNet-1k", "zero_shot_top1"),
 }
-
-
 FIG_8 = {"ImageNet, %": "top1", "segmentation, mIoU %": "mean_miou", "depth, rmse": "mean_rmse"}
 
 

@@ -159,8 +159,6 @@ class DinoV2(Dino):
 
 
 Objective = Supervised | Clip | Mae | Dino | DinoV2
-
-
 OBJECTIVES: dict[str, type[Objective]] = {o.name: o for o in get_args(Objective)}
 
 

@@ -16,8 +16,6 @@ from vitregs.errors import InputError
 from vitregs.train.config import Recipe
 
 HELD_OUT = 2**40  # first scene of the held-out part: far behind anything a run can reach
-
-
 LEAST = 64  # images that a held-out part must have
 
 
@@ -112,12 +110,12 @@ class ImageFeed:
     """Images of a data set, all of them in the device's memory as bytes; shuffled anew in every epoch."""
 
     def __init__(self, recipe: Recipe, device: torch.device, source: str, count: int | None = None) -> None:
-        """Read a source of images (see `images.load`), at most `count` to train on.
+        """Read a source of images (see `images.open_images`), at most `count` to train on.
 
         Raises InputError for sources with too few images.
         """
         self.recipe, self.device = recipe, device
-        found = images.load(source, size=recipe.image_size, count=count, split=_split(source))
+        found = images.open_images(source, size=recipe.image_size, count=count, split=_split(source))
         self.fingerprint = found.fingerprint
         pixels, named = _read(found)
         order = torch.randperm(

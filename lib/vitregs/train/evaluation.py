@@ -10,11 +10,7 @@ from vitregs.probes.classification import vote
 from vitregs.train.data import Batch, Feed
 
 NEIGHBOURS = 10
-
-
 PROBED = 3072  # held-out images of the final score; a third of them is scored, the classifier is trained on the rest
-
-
 DECAY = 1e-3  # of the classifier's weights
 
 

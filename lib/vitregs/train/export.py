@@ -17,8 +17,6 @@ from vitregs.train import monitor, recipes, vit
 from vitregs.train.config import Recipe
 
 LARGEST = "16MB"
-
-
 WORDS = "words.safetensors"
 
 
@@ -116,12 +114,12 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
     table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
     settings = " ".join(f"`{k}={v}`" for k, v in sorted(recipe.items()) if not isinstance(v, dict))
     again = card.get("command", f"vitregs train {recipe['name']}")  # the first cards were those of recipes as they are
-    how = f"`{again}`" if again else "`vitregs.pretrain.loop.train` and the recipe below, which no command gives"
+    how = f"`{again}`" if again else "`vitregs.train.loop.train` and the recipe below, which no command gives"
     missing = "".join(f" There is no linear score of {k}: {why}." for k, why in card.get("left_out", {}).items())
     unsure = "" if card.get("knn") is not None or "left_out" not in card else " Nor is there a k-NN score."
     return (
         f"# {recipe['name']}\n\n| | |\n|---|---|\n{table}\n\n"
-        f'Load it with `vitregs.backbones.load("{recipe["name"]}")`; train it again with {how}.{missing}{unsure}\n\n{settings}\n'
+        f'Load it with `vitregs.load("{recipe["name"]}")`; train it again with {how}.{missing}{unsure}\n\n{settings}\n'
     )
 
 

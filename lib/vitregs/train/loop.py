@@ -33,11 +33,7 @@ from vitregs.train.config import Recipe
 
 # Held-out images: whose norms are watched; that a head is scored on at the end, and on the way; that k-NN knows
 WATCHED, SCORED, QUERIES, BANK = 64, 512, 128, 256
-
-
 CHECKED = 50  # steps between two looks at the loss: each waits for the device
-
-
 IN_TIME = 1.0  # why a run stops: its minutes are over; else the number of a signal, which is larger
 
 

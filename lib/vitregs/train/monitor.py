@@ -14,11 +14,7 @@ from vitregs.models import capture
 from vitregs.models.backbone import Backbone
 
 EDGES = np.logspace(-1, 4, 201)  # of the norm histograms
-
-
 KINDS = ("cls", "register", "patch")
-
-
 BY_LAYER = ("median", "largest", "top1", "kurtosis", "share", "separation", "ratio")
 
 

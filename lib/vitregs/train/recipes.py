@@ -10,14 +10,8 @@ from vitregs.errors import InputError, unknown
 from vitregs.train.config import Clip, Dino, DinoV2, Mae, Recipe, Supervised, parse, suffix
 
 REDUNDANT = Difficulty(objects=(1, 3), radius=0.2, backgrounds=("flat", "gradient", "noise"))  # most patches repeat
-
-
 CPU = "fp32"  # bf16 costs more than it saves below width 192
-
-
 FEW: Any = {"local_crops": 2, "prototypes": 256, "momentum": 0.99}  # what 1,000 steps of 16 images can bear
-
-
 _ALL = [
     # The first pair of the project. Its registers started 1e-6 apart, as published, and hardly grew apart.
     Recipe(
@@ -127,8 +121,6 @@ _ALL = [
         weight_decay=0.05,
     ),
 ]
-
-
 RECIPES = {r.name: r for r in _ALL}
 
 
@@ -187,10 +179,7 @@ class Run:
 
 
 TINY_ON_GPU = ("size=tiny", "patch_size=4", "steps=20000", "warmup=1000", "precision=bf16")
-
-
 SELF = ("batch=128", "lr=5e-4", "prototypes=1024", "local_crops=4", "momentum=0.996")
-
 
 # What a GPU would tell, most informative first; the pair and its seeds follow whatever emerges.
 WANTED = (

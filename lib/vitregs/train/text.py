@@ -9,8 +9,6 @@ from vitregs.data.scenes import BACKGROUNDS, COLOUR_NAMES, SHAPE_NAMES, TEXTURES
 from vitregs.errors import InputError
 
 PAD, START, UNKNOWN = 0, 1, 2
-
-
 SCENE_VOCABULARY = (
     *COLOUR_NAMES,
     *SHAPE_NAMES,
