@@ -18,7 +18,7 @@ book:
 	@echo "The book: file://$(abspath build/html/index.html)"
 
 environment:
-	@+$(LOCKED) $(MAKE) --no-print-directory $(VENV)/ready
+	@+$(LOCKED) $(MAKE) --no-print-directory -s $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 import vitregs
 from vitregs import cache, paths, report
 from vitregs.book import execute, parameters
-from vitregs.book.chapter import tempfile
 from vitregs.cli import main
 from vitregs.models import registry
 from vitregs.train import evaluation, loop, schedules
@@ -207,9 +206,9 @@ def test_a_reader_who_has_seen_enough() -> None:
     """As with `vitregs models | head -0`: the command ends in silence."""
     code = """
 import os, sys
-from vitregs import backbones
+from vitregs.models import registry
 from vitregs.cli import main
-backbones.published = lambda: tuple("vit" * 30 for _ in range(3000))  # more than a pipe holds
+registry.published = lambda: tuple("vit" * 30 for _ in range(3000))  # more than a pipe holds
 os.write(1, b"ready")
 sys.exit(main(["models"]))
 """
@@ -373,7 +372,9 @@ def test_an_address_keeps_its_slashes(fails: Fails, here: Path, monkeypatch: pyt
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
-    assert "'s3://bucket/images'" in fails("diagnose", PICO, "--device", "cpu", "--images", "s3://bucket/images")
+    assert "s3://bucket/images is an address" in fails(
+        "diagnose", PICO, "--device", "cpu", "--images", "s3://bucket/images"
+    )
 
 
 # --- train
@@ -427,7 +428,7 @@ def test_training_that_cannot_go_on(
     assert "is damaged or no checkpoint" in fails(*quick)
     (here / "net" / "checkpoint.pt").unlink()
     (here / "file").write_text("in the way")
-    assert "cannot write file/net/checkpoint.pt" in fails(*quick[:-1], "file/net")
+    assert "cannot write results in file/net" in fails(*quick[:-1], "file/net")
     monkeypatch.setattr(loop, "line", lambda *_: pytest.fail("nothing was to be reported"))
 
     def full(_state: object, spare: Path) -> None:
@@ -606,7 +607,7 @@ def test_folders_that_cannot_be_written(here: Path, fake: Path, fails: Fails, mo
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "TemporaryFile", deny)
+        patch.setattr(cache.tempfile, "TemporaryFile", deny)
         assert "cannot write results in kept: Read-only file system" in fails(*RUN)
 
 
@@ -648,8 +649,9 @@ def test_a_killed_run_leaves_what_was_there(here: Path, fake: Path, capfd: pytes
     old, marker = tree(here), here / "kept" / "07_fake" / "kernel"
     marker.unlink()
     code = (
-        "import sys; from pathlib import Path; from vitregs import chapters, cli\n"
-        "chapters.NOTEBOOKS = Path(sys.argv[1]); sys.exit(cli.main(sys.argv[2:]))"
+        "import sys; from pathlib import Path; from vitregs import cli\n"
+        "from vitregs.book import parameters\n"
+        "parameters.NOTEBOOKS = Path(sys.argv[1]); sys.exit(cli.main(sys.argv[2:]))"
     )
     words = [*RUN, "--count", "5", "--how", "wait"]
     with subprocess.Popen([sys.executable, "-c", code, str(fake), *words], cwd=here) as child:

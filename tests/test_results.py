@@ -379,8 +379,9 @@ def test_a_changed_tree_is_reported(tmp_path: Path, change: str, monkeypatch: py
 def test_make_notebooks_asks_for_a_committed_state(tmp_path: Path) -> None:
     """The rule of the Makefile stops before the first chapter, in one line that names what differs."""
     (tmp_path / "Makefile").write_text((paths.ROOT / "Makefile").read_text())
-    for folder in ("lib/vitregs", "notebooks", "data/paper", "data/zoo", ".venv"):
+    for folder in ("book", "lib/vitregs", "notebooks", "data/paper", "data/zoo", ".venv"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "book" / "lock.py").write_text((paths.ROOT / "book" / "lock.py").read_text())
     for name in ("pyproject.toml", "constraints.txt", "notebooks/01_a.ipynb"):
         (tmp_path / name).write_text("")
     (tmp_path / ".venv" / "ready").write_text("")

@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_arch_pretrained_cfgs
 
 from tests.test_images import encode, everything, noise, planted, problem
-from vitregs import arrays, cache, report
+from vitregs import arrays, report
 from vitregs.cache import file_hash, stored
 from vitregs.data import decoding, images, sources
 from vitregs.data.preparation import Preparation
@@ -103,7 +103,7 @@ def test_the_key_is_of_content_and_not_of_place(pair: tuple[Path, Path], tmp_pat
 def test_only_what_is_drawn_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "set", *(f"{i}.png" for i in range(9)))
     read, real = [], file_hash
-    monkeypatch.setattr(cache, "file_hash", lambda file: read.append(file) or real(file))
+    monkeypatch.setattr(sources, "file_hash", lambda file: read.append(file) or real(file))
     source = images.open_images(str(tmp_path / "set"), size=8, count=3)
     assert not read
     first = source.key

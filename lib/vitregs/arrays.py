@@ -59,17 +59,25 @@ def patches(array: xr.DataArray) -> xr.DataArray:
 
 
 def bootstrap_ratio(sums: ArrayLike, counts: ArrayLike, *, draws: int = 1000) -> tuple[float, float, float]:
-    """Sum over count with a 95 % bootstrap over images: per-image sums and counts (images,) → value, low, high.
+    """Sum over count with a 95 % percentile bootstrap over images.
 
-    nan where nothing is counted.
+    Args:
+        sums: One sum an image.
+        counts: How many things each sum is over; resamples that count nothing are left out.
+        draws: Resamples.
+
+    Returns:
+        Value, lower and upper end; nan where nothing is counted.
     """
     sums, counts = np.asarray(sums, float), np.asarray(counts, float)
     if not counts.sum():
         return np.nan, np.nan, np.nan
-    pick = np.random.default_rng(0).integers(0, len(sums), (draws, len(sums)))
-    drawn = counts[pick].sum(1)
-    low, high = np.quantile(sums[pick].sum(1)[drawn > 0] / drawn[drawn > 0], [0.025, 0.975])
-    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+    def share(index: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return sums[index].sum(-1) / counts[index].sum(-1)
+
+    return _percentile(share, len(sums), draws)
 
 
 def bootstrap_interval(
@@ -78,21 +86,34 @@ def bootstrap_interval(
     """Mean (or `of`) of per-image values with a 95 % percentile bootstrap over images.
 
     Args:
-        values: One value an image.
+        values: (images, …), what is known of each image.
         draws: Resamples.
         of: A statistic that takes an axis, as `np.median`.
 
     Returns:
-        Value, lower and upper end; both ends are the value itself where there is one image.
+        Value, lower and upper end; all the same where there is one image.
 
     Example:
         >>> bootstrap_interval([1.0, 1.0, 1.0])
         (1.0, 1.0, 1.0)
     """
     values = np.asarray(values, float)
-    value = float(of(values))
-    if len(values) < 2:
+    return _percentile(lambda index: of(values[index], axis=index.ndim - 1), len(values), draws)
+
+
+def _percentile(statistic: Callable[[np.ndarray], Any], count: int, draws: int) -> tuple[float, float, float]:
+    """A statistic of drawn images: function of their indices (…, images) → value, 95 % interval of its resamples."""
+    index = np.arange(count)
+    value = float(statistic(index))
+    if count < 2:
         return value, value, value
-    rng = np.random.default_rng(0)
-    found = bootstrap((values,), of, n_resamples=draws, method="percentile", vectorized=True, rng=rng)
-    return value, float(found.confidence_interval.low), float(found.confidence_interval.high)
+    found = bootstrap(
+        (index,),
+        lambda drawn, axis: statistic(np.moveaxis(drawn, axis, -1)),
+        n_resamples=draws,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    low, high = np.nanquantile(found.bootstrap_distribution, [0.025, 0.975])
+    return value, float(low), float(high)

@@ -19,8 +19,8 @@ from typing import Any
 import xarray as xr
 from safetensors import SafetensorError
 
+from vitregs import paths
 from vitregs.errors import InputError
-from vitregs.paths import CHECKOUT, ROOT
 
 
 def _says(node: Any) -> Any:
@@ -141,10 +141,10 @@ def file_hash(*paths: Path) -> str:
 @cache
 def _commit() -> str:
     def git(*words: str) -> str:
-        if not CHECKOUT:  # a repository around the installed package is somebody else's
+        if not paths.CHECKOUT:  # a repository around the installed package is somebody else's
             return ""
         try:
-            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", "-C", str(paths.ROOT), *words], capture_output=True, text=True, check=False)
         except OSError:  # no git here
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vitregs import cache
-from vitregs.book.parameters import NOTEBOOKS, changed, chapter_parameters, check
+from vitregs.book import parameters
+from vitregs.book.parameters import changed, chapter_parameters, check
 from vitregs.errors import InputError, extra
 from vitregs.models import registry
 
@@ -36,11 +37,13 @@ def run_chapter(chapter: str, values: Mapping[str, Any], out: Path, stored: Path
     given = {k: v for k, v in full.items() if v != known[k].default}
     cache.check_writable(stored)
 
+    folder = parameters.NOTEBOOKS
+
     def write(spare: Path) -> None:
         named = spare.with_suffix(".ipynb")  # papermill chooses its format by the suffix
         try:
             papermill.execute_notebook(
-                str(NOTEBOOKS / f"{chapter}.ipynb"), str(named), given, cwd=str(NOTEBOOKS), kernel_name="python3",
+                str(folder / f"{chapter}.ipynb"), str(named), given, cwd=str(folder), kernel_name="python3",
                 progress_bar={"leave": False, "disable": None},  # none where nobody watches
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it would tell how it talks and when it is stopped
             )  # fmt: skip

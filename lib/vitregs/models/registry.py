@@ -271,7 +271,8 @@ def _wrap(name: str, net: nn.Module, source: str, weights: str) -> Backbone:
     data = timm.data.resolve_model_data_config(net)
     facts = next((f for pattern, f in FACTS.items() if fnmatch(name, pattern)), Facts())
     embed: Any = net.patch_embed
-    size = tuple(embed.img_size or data["input_size"][1:])  # timm's config does not follow the option img_size
+    # timm's config does not follow the option img_size; a table that is cropped is made for all sizes
+    size = tuple(data["input_size"][1:] if facts.cropped else embed.img_size or data["input_size"][1:])
     return Backbone(name, net, data["mean"], data["std"], size, Preparation.of(data), source, weights, facts)
 
 
