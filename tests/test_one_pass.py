@@ -170,7 +170,7 @@ def test_a_diagnosis_without_attention_keeps_its_norms() -> None:
 
 def test_a_diagnosis_says_how_sinks_were_estimated() -> None:
     bare = make("vit_small_patch14_dinov2")
-    bare.notes = ["the position table was resized"]
+    bare.loaded = ["the position table was resized"]
     source = images.open_images("scenes", size=14 * 13, count=4)
     found = diagnose(bare, source)
     assert found.facts()["sinks"] == "estimated from 128 random queries an image"
