@@ -278,7 +278,8 @@ class Images:
 def background_share(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Share of background (mask 0) in every patch of a grid (rows, columns): mask (H, W) → (patches,) in [0, 1]."""
     (rows, columns), (height, width) = grid, mask.shape
-    return (mask == 0).reshape(rows, height // rows, columns, width // columns).mean((1, 3)).ravel()
+    cells = (mask == 0).reshape(rows, height // rows, columns, width // columns)
+    return np.asarray(cells.mean((1, 3))).ravel()
 
 
 def open_images(

@@ -169,7 +169,7 @@ class Backbone:
         net: Any = self.net
         pooled = getattr(net, "attn_pool", None) is not None
         for norm in (getattr(net, "norm", None), None if pooled else getattr(net, "fc_norm", None)):
-            if norm is not None and not isinstance(norm, nn.Identity):
+            if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
                 return norm
         raise InputError(
             f"{self.name} has no final norm to apply to its tokens: ask for them without (final_norm=False)"
@@ -228,7 +228,7 @@ class Backbone:
             **{"antialias": self.facts.antialias, **self.resampling},
         )
         if self.facts.cropped and grid != (side, side):
-            square = table[:, prefix:].unflatten(1, (side, side))[:, : grid[0], : grid[1]].flatten(1, 2)
+            square = table[:, prefix:].reshape(len(table), side, side, -1)[:, : grid[0], : grid[1]].flatten(1, 2)
             table = torch.cat([table[:, :prefix], square], 1)
         return table
 
@@ -264,7 +264,8 @@ class Backbone:
         """
         if not self.net.num_classes:
             raise InputError(f"{self.name} has no trained head: it names no classes")
-        return self.net(self.prepare(pixels))
+        scores: Tensor = self.net(self.prepare(pixels))
+        return scores
 
 
 def _count(token: Tensor | None) -> int:

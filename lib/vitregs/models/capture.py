@@ -82,12 +82,13 @@ class _Attention(TorchFunctionMode):
         for i, block in enumerate(blocks):
             self.hooks.append(block.register_forward_pre_hook(lambda _m, _x, i=i: setattr(self, "block", i)))
             self.hooks.append(block.register_forward_hook(lambda _m, _x, _y: setattr(self, "block", None)))
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
         for hook in self.hooks:
             hook.remove()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -483,7 +484,7 @@ def _batches(images: ImageSource | Tensor, batch: int) -> Iterator[Batch]:
         raise InputError(f"batch must be 1 or more, not {batch}")
     empty = True
     if isinstance(images, Tensor):
-        given: Iterator[Any] = iter(images.split(batch))
+        given: Iterator[Any] = iter(torch.split(images, batch))
     else:
         given = images.batches(batch) if hasattr(images, "batches") else images.pixels(batch)
     for part in given:
@@ -515,8 +516,11 @@ def opened(backbone: Backbone, images: Any) -> ImageSource | Tensor:
             )
     if isinstance(images, str | Path | list | tuple):
         return open_images(images, size=backbone.size, preparation=backbone.preparation)
-    if isinstance(images, Tensor) or hasattr(images, "pixels"):
+    if isinstance(images, Tensor):
         return images
+    if hasattr(images, "pixels"):
+        source: ImageSource = images
+        return source
     raise InputError(f"images are a folder, a list of PIL images, a tensor or open images, not {type(images).__name__}")
 
 

@@ -285,7 +285,7 @@ def _state_hash(net: nn.Module) -> str:
 
 
 def _wrap(name: str, net: nn.Module, source: str, weights: str) -> Backbone:
-    data = timm.data.resolve_model_data_config(net)
+    data = timm.data.resolve_model_data_config(net)  # type: ignore[no-untyped-call]
     facts = next((f for pattern, f in FACTS.items() if fnmatch(name, pattern)), Facts())
     embed: Any = net.patch_embed
     size = tuple(embed.img_size or data["input_size"][1:])  # timm's config does not follow the option img_size
