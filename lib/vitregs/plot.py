@@ -32,7 +32,7 @@ def norms(seen: xr.Dataset, *, layer: int = -1, cutoff: float | None = None) -> 
         cutoff: A norm above which tokens are outliers; None for the statistical rule, as in `find_outliers`.
 
     Returns:
-        Two panels: a two-dimensional histogram, whose colour is the share of patch tokens; and a density with the cut-off
+        Two panels, a two-dimensional histogram, whose colour is the share of patch tokens, and a density with the cut-off
         as a dashed line, or the words that there is none.
 
     Raises:
@@ -48,7 +48,8 @@ def norms(seen: xr.Dataset, *, layer: int = -1, cutoff: float | None = None) -> 
     found = _variable(seen, "norms", "norms=True")
     marked = find_outliers(seen, layer=layer, cutoff=cutoff)
     facts = marked.attrs
-    return report.norms.plot_layers_and_density(found, int(marked["layer"]), facts["cutoff"], facts["rule"])
+    name = str(found["model"].values)
+    return report.norms.plot_layers_and_density(name, found, int(marked["layer"]), facts["cutoff"], facts["rule"])
 
 
 def _shown(images: Any, count: int) -> np.ndarray:

@@ -76,9 +76,9 @@ class Diagnosis:
         """Give everything but arrays, as plain values for JSON.
 
         Returns:
-            The fields of this object by name; `layers` as a list with a dictionary for each layer: median norm; largest
-            and top1, ratios to the median; cutoff, share, separation and ratio of the second mode; sink and sink_error in
-            fair shares. None stands where a value is not known.
+            The fields of this object by name; `layers` as a list with a dictionary for each layer, which holds the median
+            norm; largest and top1, ratios to the median; cutoff, share, separation and ratio of the second mode; sink and
+            sink_error in fair shares. None stands where a value is not known.
         """
         plain = {k: v for k, v in asdict(self).items() if k not in ("layers", "norms", "shown", "attention")}
         rows = self.layers.astype(object).where(np.isfinite(self.layers), None)
@@ -130,7 +130,7 @@ class Diagnosis:
         """Write the report for a person, as `vitregs diagnose` prints it.
 
         Returns:
-            Lines of text: a table of layers, what its columns mean, and the verdict.
+            Lines of text with a table of layers, what its columns mean, and the verdict.
         """
         table, legend = self._table().to_string(index=False), "\n".join(self._legend())
         verdict = f"verdict: {self.verdict} (layer {self.layer}): {self.evidence}"

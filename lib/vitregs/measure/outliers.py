@@ -54,8 +54,8 @@ def find_outliers(seen: xr.Dataset | xr.DataArray, *, layer: int = -1, cutoff: f
         cutoff: A norm above which tokens are outliers; None for the rule, which can find that there are none.
 
     Returns:
-        bool [image, token]. Attributes: cutoff (a norm, nan if there is none), share (of patches above it), ratio (of the
-        outliers' typical norm to the median), and rule, in words.
+        bool [image, token]. Its attributes are cutoff (a norm, nan if there is none), share (of patches above it), ratio
+        (of the outliers' typical norm to the median), and rule, in words.
 
     Raises:
         InputError: For a layer that was not captured, and a cut-off that is not positive.

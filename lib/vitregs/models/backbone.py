@@ -182,7 +182,7 @@ class Backbone:
             pixels: (n, 3, height, width) in [0, 1].
 
         Returns:
-            The same shape, on the model's device: mean 0 and standard deviation 1 over the training images.
+            The same shape, on the model's device, with mean 0 and standard deviation 1 over the training images.
         """
         pixels = pixels.to(self.device)
         mean, std = (pixels.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
