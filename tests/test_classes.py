@@ -296,7 +296,7 @@ def test_a_published_model_tells_real_classes(shared_data: Any) -> None:
 def test_real_sets_by_name(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "CIFAR-10").symlink_to(shared_data / "cifar10")
     backbone = registry.load("clip-pico", device="cpu")
-    how = {"folder": str(tmp_path), "taught": 60, "asked": 40, "seeds": [0], "strengths": [1e-2, 1.0]}
+    how = {"folder": str(tmp_path), "train_count": 60, "test_count": 40, "seeds": [0], "strengths": [1e-2, 1.0]}
     found = classification.classify_sets(backbone, ["CIFAR-10"], **how)
     prints = datasets.fingerprints(["CIFAR-10"], str(tmp_path))
     assert prints == datasets.fingerprints(["CIFAR-10"], f"{tmp_path}/")

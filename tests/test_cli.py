@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,6 @@ from safetensors.torch import load_file, save_file
 import vitregs
 from vitregs import cache, paths, report
 from vitregs.book import execute, parameters
-from vitregs.book.chapter import tempfile
 from vitregs.cli import main
 from vitregs.models import registry
 from vitregs.train import evaluation, loop, schedules
@@ -177,6 +177,7 @@ def test_help_of_a_chapter_lists_its_parameters(chapter: str, capsys: pytest.Cap
 def test_help_and_mistakes_come_without_torch() -> None:
     code = """
 import sys
+import tempfile
 from vitregs.cli import main
 given = ["", "--help", "diagnose -h", "rnu", "diagnose a --count 0", "run", "run norms --help", "run norms --cout 3"]
 codes = [main(words.split()) for words in given]

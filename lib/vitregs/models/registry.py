@@ -179,14 +179,14 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "auto") 
     """Load a ViT by its name.
 
     Args:
-        name: A name of this book's networks or of timm (`vitregs models` lists both), NAME@FILE for timm's network with
+        name: A name of this book's networks or of timm (`vitregs models` lists both), `NAME@FILE` for timm's network with
             weights from a file, or a folder that `vitregs train` wrote.
         weights: A file, an index of shards or a folder with weights, in place of the published ones.
         device: "auto", "cpu", "cuda", …
 
     Returns:
         The model, frozen; its size is that of the grid its positions were trained on, its `notes` tell what was
-        converted. Weights that a name brings along are told in its own: NAME@FILE-HASH.
+        converted. Weights that a name brings along are told in its own: `NAME@FILE-HASH`.
 
     Raises:
         InputError: For unknown names, models that are not ViTs, unreadable or unfitting weights, no network, and a

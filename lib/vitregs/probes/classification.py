@@ -243,7 +243,7 @@ def classify_real(
     prints: Mapping[str, str],
     folder: str = "",
     train_count: int,
-    tasks: int,
+    test_count: int,
     seed: int = 0,
     **options: Any,
 ) -> xr.Dataset:
@@ -254,8 +254,8 @@ def classify_real(
         _images: not looked at.
         prints: names in `datasets.SETS`, each with what `datasets.fingerprints` says of its content.
         folder: holds a folder for each set; empty for the hub.
-        trained: number of images to train with.
-        asked: number of images to ask about.
+        train_count: number of images to train with.
+        test_count: number of images to test on.
         seed: which images.
         options: of `classify`.
 
@@ -263,7 +263,7 @@ def classify_real(
         Dataset[task, token] of `classify`.
     """
     return classify_sets(
-        backbone, list(prints), folder=folder, train_count=train_count, test_count=tasks, seed=seed, **options
+        backbone, list(prints), folder=folder, train_count=train_count, test_count=test_count, seed=seed, **options
     )
 
 
