@@ -630,7 +630,8 @@ def capture(
     Example:
         >>> import vitregs as vr
         >>> vit = vr.load("supervised-pico-reg4")
-        >>> seen = vr.capture(vit, vr.open_images("scenes", size=vit.size, count=2), norms=True, attention=["cls"])
+        >>> images = vr.open_images("scenes", size=vit.size, count=2)
+        >>> seen = vr.capture(vit, images, norms=True, attention=["cls"])
         >>> dict(seen.norms.sel(layer=8, token="register").sizes)
         {'image': 2, 'token': 4}
         >>> dict(seen.attention.sizes)
