@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,12 +177,14 @@ def test_help_of_a_chapter_lists_its_parameters(chapter: str, capsys: pytest.Cap
 def test_help_and_mistakes_come_without_torch() -> None:
     code = """
 import sys
+import tempfile
 from vitregs.cli import main
-codes = [main(words) for words in ([], ["--help"], ["diagnose", "-h"], ["rnu"], ["diagnose", "a", "--count", "0"])]
+given = ["", "--help", "diagnose -h", "rnu", "diagnose a --count 0", "run", "run norms --help", "run norms --cout 3"]
+codes = [main(words.split()) for words in given]
 print(codes, sorted({"torch", "timm", "numpy", "pandas"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[2, 0, 0, 2, 2] []\n")
+    assert done.stdout.endswith("[2, 0, 0, 2, 2, 0, 0, 2] []\n")
 
 
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

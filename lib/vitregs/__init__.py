@@ -2,13 +2,15 @@
 
 Example:
     >>> import vitregs as vr
-    >>> vit = vr.load("supervised-pico")
-    >>> images = vr.open_images("scenes", size=vit.size, count=4)
+    >>> vit = vr.load("supervised-pico")  # or vr.wrap(my_timm_module)
+    >>> images = vr.open_images("scenes", size=vit.size, count=16)
     >>> seen = vr.capture(vit, images, norms=True, attention=["cls"], qkv=["value"])
-    >>> seen.norms.sel(layer=8, token="patch").sizes["image"]
-    4
+    >>> dict(seen.norms.sel(layer=8, token="patch").sizes)
+    {'image': 16, 'token': 144}
     >>> vr.diagnose(vit, images).verdict
     'none'
+    >>> len(vr.plot.norms(seen).axes)
+    3
 """
 
 import warnings

@@ -214,12 +214,12 @@ def _check_can_write(file: Path) -> None:
 def _chapter(name: str) -> Callable[..., None]:
     """Make the command that runs a chapter: its name → function with an option for each of its parameters."""
     from vitregs.book import parameters
-    from vitregs.book.execute import run_chapter
 
     known = parameters.chapter_parameters(name)
 
     def run(**given: Any) -> None:
         from vitregs import paths
+        from vitregs.book.execute import run_chapter
 
         out = given.pop("out", None) or paths.BUILD / "runs" / f"{name}.ipynb"
         if out.suffix != ".ipynb":

@@ -5,66 +5,128 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from vitregs import report
 from vitregs.arrays import patch_maps
+from vitregs.data.images import Images
 from vitregs.errors import InputError
 from vitregs.measure.diagnose import Diagnosis
+from vitregs.measure.outliers import find_outliers
 
 __all__ = ["attention", "diagnosis", "norms"]
 
 
-def _variable(seen: xr.Dataset, name: str) -> xr.DataArray:
-    if name not in seen:
-        raise InputError(f"this Dataset holds no {name}: call capture(…, {name}=…) first")
+def _variable(seen: xr.Dataset, name: str, asked: str) -> xr.DataArray:
+    if not isinstance(seen, xr.Dataset) or name not in seen:
+        raise InputError(f"there is no {name} to draw: give what capture(…, {asked}) gives")
     return seen[name]
 
 
-def norms(seen: xr.Dataset) -> Figure:
-    """Draw how token norms are distributed over layers (Fig 4a).
+def norms(seen: xr.Dataset, *, layer: int = -1, cutoff: float | None = None) -> Figure:
+    """Draw how token norms are distributed over layers, and their density at one layer (Fig 3, 4a).
 
     Args:
         seen: What `capture(…, norms=True)` gives: `norms` [image, layer, token].
+        layer: Number of the layer whose density is drawn, 0 to L; negative ones count from the end.
+        cutoff: A norm above which tokens are outliers; None for the statistical rule, as in `find_outliers`.
 
     Returns:
-        A two-dimensional histogram; colour is the share of patch tokens.
+        Two panels, a two-dimensional histogram, whose colour is the share of patch tokens, and a density with the cut-off
+        as a dashed line, or the words that there is none.
 
     Raises:
-        InputError: The Dataset holds no norms.
+        InputError: There are no norms, or too few, and as `find_outliers` does.
+
+    Example:
+        >>> import vitregs as vr
+        >>> vit = vr.load("hunt-pico")
+        >>> seen = vr.capture(vit, vr.open_images("scenes", size=vit.size, count=16), norms=True)
+        >>> vr.plot.norms(seen).axes[0].get_xlabel()
+        'layer'
     """
-    found = _variable(seen, "norms")
-    return report.norms.plot_layers({str(found["model"].values): found})
+    found = _variable(seen, "norms", "norms=True")
+    marked = find_outliers(seen, layer=layer, cutoff=cutoff)
+    facts = marked.attrs
+    name = str(found["model"].values)
+    return report.norms.plot_layers_and_density(name, found, int(marked["layer"]), facts["cutoff"], facts["rule"])
 
 
-def attention(seen: xr.Dataset, images: Any = None, *, layer: int = -1, count: int = 4) -> Figure:
-    """Draw the attention of the first captured query as maps, mean over heads (Fig 1, 2).
+def _shown(images: Any, count: int) -> np.ndarray:
+    """The first images, (n, height, width, 3) in [0, 1]."""
+    if isinstance(images, Images):
+        images = next(images.pixels(count))
+    array = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    array = array.transpose(0, 2, 3, 1) if array.ndim == 4 and array.shape[1] == 3 else array
+    if array.ndim != 4 or array.shape[-1] != 3:
+        raise InputError("images to draw are what open_images gives, or an array (n, 3, height, width) in [0, 1]")
+    return array[:count]
+
+
+def attention(seen: xr.Dataset, images: Any = None, *, layer: int = -1, query: int = 0, count: int = 4) -> Figure:
+    """Draw the attention of a captured query as maps, mean over heads (Fig 1, 2).
 
     Args:
         seen: What `capture(…, attention=["cls"])` gives: `attention` [image, attention_layer, head, query, token].
-        images: The images themselves, an array (images, height, width, 3) in [0, 1], to stand beside their maps.
-        layer: Position among the captured layers.
-        count: How many images are drawn.
+        images: What was captured, to stand beside the maps: open images, or pixels (n, 3, height, width) in [0, 1]; None
+            for maps alone.
+        layer: Number of the layer among those captured, 1 to L; negative ones count from the end.
+        query: Position of the query among those captured.
+        count: The most images that are drawn.
 
     Returns:
-        Maps in a row, or beside their images.
+        Maps in a row, or each beside its image; every map has its own range of colours.
 
     Raises:
-        InputError: The Dataset holds no attention.
+        InputError: There is no attention, no such layer or query, or images are of another kind.
+
+    Example:
+        >>> import vitregs as vr
+        >>> vit = vr.load("hunt-pico")
+        >>> images = vr.open_images("scenes", size=vit.size, count=3)
+        >>> seen = vr.capture(vit, images, attention=["cls"])
+        >>> len(vr.plot.attention(seen, images).axes)
+        6
     """
-    found = _variable(seen, "attention")
-    maps = patch_maps(found.isel(attention_layer=layer, query=0).mean("head")).values[:count]
+    found = _variable(seen, "attention", 'attention=["cls"]')
+    layers, queries = list(found["attention_layer"].values), list(found["query"].values)
+    number = layers[layer] if -len(layers) <= layer < 0 else layer
+    if number not in layers:
+        raise InputError(f"attention of layer {layer} was not captured: there are {', '.join(map(str, layers))}")
+    if not -len(queries) <= query < len(queries):
+        raise InputError(f"there is no query {query}: {len(queries)} were captured, counted from 0")
+    if count < 1:
+        raise InputError(f"count must be 1 or more, not {count}")
+    chosen = found.isel(query=query, attention_layer=layers.index(number), image=slice(count)).mean("head")
+    maps, word = patch_maps(chosen).values, str(queries[query])
+    title = f"{'CLS' if word == 'cls' else word} attention\nlayer {number}"
     if images is None:
-        return report.style.plot_maps(maps)
-    return report.style.plot_images(np.asarray(images)[: len(maps)], {str(found["model"].values): maps})
+        figure = report.style.plot_maps(maps)
+        figure.suptitle(f"{found['model'].values}: {title.replace(chr(10), ', ')}", fontsize=9)
+        return figure
+    shown = _shown(images, count)
+    return report.style.plot_images(shown[: len(maps)], {title: maps[: len(shown)]})
 
 
 def diagnosis(found: Diagnosis) -> Figure:
-    """Draw a diagnosis: norms over layers, their density at the deciding layer, maps of the first images.
+    """Draw a diagnosis: norms over layers, their density at the deciding layer, and maps of the first images.
 
     Args:
         found: What `diagnose` gives.
 
     Returns:
-        One figure.
+        The figure that `vitregs diagnose --plot` writes.
+
+    Raises:
+        InputError: It is no diagnosis.
+
+    Example:
+        >>> import vitregs as vr
+        >>> vit = vr.load("hunt-pico")
+        >>> found = vr.diagnose(vit, vr.open_images("scenes", size=vit.size, count=16))
+        >>> vr.plot.diagnosis(found).axes[0].get_title()
+        'hunt-pico'
     """
+    if not isinstance(found, Diagnosis):
+        raise InputError(f"a diagnosis is what diagnose gives, not {type(found).__name__}")
     return report.norms.plot_diagnosis(found)

@@ -149,11 +149,11 @@ class Run:
         """
         _check_function(function, keywords)
         code = cache.code_hash(function.__module__)
-        tasks = {"what": name, "function": function.__qualname__, "keywords": keywords}
+        request = {"what": name, "function": function.__qualname__, "keywords": keywords}
         found = {}
         for model, backbone in self.backbones.items():
             source = self.images(backbone)
-            key = {**tasks, "weights": backbone.weights, **source.key}
+            key = {**request, "weights": backbone.weights, **source.key}
             compute = partial(_kept, partial(function, backbone, source, **keywords), backbone, source)
             path = self.folder / f"{name}.{backbone.name}.nc"
             data = cache.stored(path, compute, key=key, code=code)

@@ -1,4 +1,7 @@
-"""A chapter's parameters: read from its notebook, checked."""
+"""A chapter's parameters: read from its notebook, checked.
+
+What a check needs is imported when values are checked, so that the list of chapters and their help come at once.
+"""
 
 import ast
 import io
@@ -11,11 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitregs import paths
-from vitregs.data import sources
 from vitregs.errors import InputError, unknown
-from vitregs.models import registry, weights
-from vitregs.train import recipes
-from vitregs.train.config import parse
 
 NOTEBOOKS = paths.ROOT / "notebooks"
 TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "list": list}
@@ -108,6 +107,11 @@ def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises InputError for unknown names, wrong types, values out of range, unknown models and recipes, files and
     folders that do not exist, folders without images, and a device that is not there.
     """
+    from vitregs.data import sources
+    from vitregs.models import registry, weights
+    from vitregs.train import recipes
+    from vitregs.train.config import parse
+
     known = chapter_parameters(chapter)
     for name in values:
         if name not in known:

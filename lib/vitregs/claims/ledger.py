@@ -1,6 +1,6 @@
 """The paper's claims as data, and what this project found on each: the ledger, the verdicts, the scoreboard.
 
-A claim is a row of `data/paper/claims.csv`: what is said, where, the published value, the name of a function in `evidence` that
+A claim is a row of `data/paper/claims.csv`: what is said, where, the published value, the name of a function in `measures` that
 measures the same on stored results, a rule that decides, and a condition without which the question does not arise. Verdicts are
 computed, never typed in.
 """
@@ -36,7 +36,7 @@ class Claim:
     statement: str
     published: str  # the paper's value, as text
     quantity: str  # what is measured here, with its unit
-    measure: str  # name of a function in `evidence/`; empty where nothing of it can be measured here
+    measure: str  # name of a function in `measures`; empty where nothing of it can be measured here
     rule: str  # what the measured value, or an end of its interval, must satisfy
     needs: str  # condition in `NEEDS` under which the question arises; empty: always
     scale: str  # where it can be tested, in words

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ class Batch:
 
 @dataclass
 class Images:
-    """A stream of images of one size; `skipped` and `unused` fill while it is read.
+    """A stream of images of one size, read as often as wanted.
 
-    Args:
+    Attributes:
         name: The source, as it was given.
         size: Height and width in pixels.
         count: The most images that are drawn, None for all.
@@ -51,8 +52,10 @@ class Images:
         preparation: How an image is resized and cropped.
         source: Where encoded images come from, None for scenes.
         difficulty: Of scenes.
-        box_format: What four numbers of a box mean, one of BOX_FORMATS.
+        box_format: What four numbers of a box mean, "xyxy" or "xywh".
         full_scale: The value that is white in images of more than 8 bits, None to go by type and metadata.
+        skipped: Names of images that could not be decoded, as of the last reading.
+        unused: Names of images whose mask or boxes could not be used.
     """
 
     name: str
@@ -64,8 +67,8 @@ class Images:
     difficulty: scenes.Difficulty = field(default_factory=scenes.Difficulty)
     box_format: str = "xyxy"
     full_scale: float | None = None
-    skipped: list[str] = field(default_factory=list)  # names of images that cannot be decoded
-    unused: list[str] = field(default_factory=list)  # names of images whose mask or boxes cannot be used
+    skipped: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Nothing is read yet."""
@@ -74,7 +77,7 @@ class Images:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content of the images drawn: → 12 hexadecimal digits, or "scenes"."""
+        """A hash of the content of the images drawn, 12 hexadecimal digits, or "scenes"."""
         return "scenes" if self.source is None else self.source.fingerprint(self.count, self.seed)
 
     @property
@@ -92,14 +95,31 @@ class Images:
         return facts | {k: repr(v) for k, v in more.items()}
 
     def pixels(self, batch: int = 32) -> Iterator[Tensor]:
-        """Yield pixels (n, 3, H, W) in [0, 1], at most `batch` images at a time."""
+        """Read the images as pixels.
+
+        Args:
+            batch: The most images at a time.
+
+        Yields:
+            (n, 3, height, width) in [0, 1].
+
+        Raises:
+            InputError: As `batches` does.
+        """
         for part in self.batches(batch):
             yield part.pixels
 
     def batches(self, batch: int = 32) -> Iterator[Batch]:
-        """Yield images with what is known of them, at most `batch` at a time.
+        """Read the images with what is known of them; a warning tells at the end what could not be used.
 
-        Raises InputError if not one can be decoded and for boxes of another format; warns at the end of what could not be used.
+        Args:
+            batch: The most images at a time.
+
+        Yields:
+            Batches with pixels (n, 3, height, width) in [0, 1], names, labels, boxes and masks.
+
+        Raises:
+            InputError: Not one image can be decoded, or boxes are of another format.
         """
         if batch < 1:
             raise InputError(f"batch must be 1 or more, not {batch}")
@@ -138,7 +158,7 @@ class Images:
             )
 
     def background(self, grid: tuple[int, int]) -> np.ndarray | None:
-        """Share of background (mask 0) in every patch of a grid.
+        """Measure the share of background (mask 0) in every patch of a grid.
 
         Args:
             grid: Rows and columns of patches.
@@ -258,7 +278,8 @@ class Images:
 def background_share(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Share of background (mask 0) in every patch of a grid (rows, columns): mask (H, W) → (patches,) in [0, 1]."""
     (rows, columns), (height, width) = grid, mask.shape
-    return (mask == 0).reshape(rows, height // rows, columns, width // columns).mean((1, 3)).ravel()
+    cells = (mask == 0).reshape(rows, height // rows, columns, width // columns)
+    return np.asarray(cells.mean((1, 3))).ravel()
 
 
 def open_images(
@@ -291,24 +312,31 @@ def open_images(
         The images, to be read as often as wanted.
 
     Raises:
-        InputError: for sources that do not exist or hold no images, and for values that make no sense.
+        InputError: For sources that do not exist or hold no images, and for values that make no sense.
 
     Example:
-        >>> open_images("scenes", size=(64, 96), count=2).size
+        >>> import vitregs as vr
+        >>> vr.open_images("scenes", size=(64, 96), count=2).size
         (64, 96)
     """
-    shape = (size, size) if isinstance(size, int) else size
+    shape = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(shape) != 2 or not all(isinstance(n, Integral) for n in shape):
+        raise InputError(f"size is a side, or (height, width), in whole pixels, not {size!r}")
     if min(shape) < 1:
         raise InputError(f"size must be 1 pixel or more, not {shape[0]}x{shape[1]}")
-    if count is not None and count < 1:
-        raise InputError(f"count must be 1 or more, not {count}")
+    if count is not None and (not isinstance(count, Integral) or count < 1):
+        raise InputError(f"count must be a whole number, 1 or more, not {count!r}")
     if box_format not in BOX_FORMATS:
         raise unknown("box format", box_format, BOX_FORMATS)
     if full_scale is not None and not full_scale > 0:
         raise InputError(f"full_scale must be above 0, not {full_scale}")
+    if not isinstance(source, str | Path | list | tuple):
+        raise InputError(f"a source is a folder, a name or a list of PIL images, not {type(source).__name__}")
     if not isinstance(source, str | Path):
         return Images("images in memory", shape, count, seed, preparation or Preparation(), Opened(list(source)))
     source = str(source)
+    if not source:
+        raise InputError("the source of images has an empty name: give a folder, or scenes")
     if source == "scenes":
         if split is not None:
             raise InputError(f"scenes have no splits, so no {split!r}: leave the split away")

@@ -20,7 +20,26 @@ _EXACT = "exact"
 
 @dataclass(repr=False)
 class Diagnosis:
-    """What was found in one model on some images."""
+    """What `diagnose` found in one model on some images; it shows itself in a terminal and in a notebook.
+
+    Attributes:
+        model: Its name.
+        weights: Where they come from, in words.
+        images: Their source.
+        image_count: How many were measured.
+        size: (height, width) of an image in pixels.
+        verdict: "artifacts", "none" or "inconclusive".
+        layer: The layer with the strongest evidence.
+        evidence: Why, in words.
+        rule: What decided on a cut-off, in words.
+        layers: A row for each layer, as `facts` describes it.
+        skipped: Names of images that could not be decoded.
+        norms: [image, layer, token], L2 over channels.
+        shown: The first images, (n, height, width, 3) in [0, 1].
+        attention: Their mean CLS attention (n, rows, columns), None without a CLS token.
+        sinks: How attention sinks were measured, and what could not be, in words.
+        notes: What was done to the model on the way from its file, a sentence each.
+    """
 
     model: str
     weights: str
@@ -34,10 +53,10 @@ class Diagnosis:
     layers: pd.DataFrame
     skipped: list[str] = field(default_factory=list)
     norms: xr.DataArray | None = None
-    shown: np.ndarray | None = None  # the first images, (n, H, W, 3), and their mean CLS attention (n, rows, columns)
+    shown: np.ndarray | None = None
     attention: np.ndarray | None = None
-    sinks: str = "exact"  # how the attention sinks were measured, and what could not be, in words
-    notes: list[str] = field(default_factory=list)  # what was done to the model on the way from its file
+    sinks: str = _EXACT
+    notes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """The report, as a terminal shows it."""
@@ -45,22 +64,28 @@ class Diagnosis:
 
     def _repr_html_(self) -> str:
         """The report, as a notebook shows it: verdict, evidence, and a table of layers to unfold."""
-        table = self.layers.drop(columns="sink_error").round(2).to_html(index=False, border=0, na_rep="–")
-        size = f"{self.size[0]}x{self.size[1]}"
-        head = f"{self.model} ({self.weights}), {self.image_count} images of {self.images} at {size}"
+        below = "<br>".join(escape(line) for line in self._legend())
         return (
             f"<p><strong>{escape(self.verdict)}</strong> (layer {self.layer}): {escape(self.evidence)}</p>"
-            f"<p>{escape(head)}</p><details><summary>Every layer</summary>{table}</details>"
+            f"<p>{escape(self._head())}</p>"
+            f"<details><summary>Every layer</summary>{self._table().to_html(index=False, border=0)}"
+            f"<p><small>{below}</small></p></details>"
         )
 
     def facts(self) -> dict[str, Any]:
-        """Everything but arrays, as plain values for JSON."""
+        """Give everything but arrays, as plain values for JSON.
+
+        Returns:
+            The fields of this object by name; `layers` as a list with a dictionary for each layer, which holds the median
+            norm; largest and top1, ratios to the median; cutoff, share, separation and ratio of the second mode; sink and
+            sink_error in fair shares. None stands where a value is not known.
+        """
         plain = {k: v for k, v in asdict(self).items() if k not in ("layers", "norms", "shown", "attention")}
         rows = self.layers.astype(object).where(np.isfinite(self.layers), None)
         return plain | {"layers": rows.to_dict("records")}
 
-    def text(self) -> str:
-        """The report for a person."""
+    def _table(self) -> pd.DataFrame:
+        """The table of layers in words, since pandas writes NaN without asking a formatter."""
         shown = (
             self.layers.assign(share=100 * self.layers["share"])
             .drop(columns="sink_error")
@@ -86,17 +111,30 @@ class Diagnosis:
             "separation": lambda v: "-" if not v else f"{v:.1f}",
             "attention sink": lambda v: "-" if np.isnan(v) else f"{v:.1f}x",
         }
-        # as text already, since pandas writes NaN without asking a formatter
-        table = shown.assign(**{k: shown[k].map(f) for k, f in words.items()}).to_string(index=False)
-        head = f"{self.model} ({self.weights}) on {self.image_count} images of {self.images} at {self.size[0]}x{self.size[1]}"
-        legend = (
-            "layer 0 enters block 1, the last layer is before the final norm; norms are L2 over channels, patch tokens only;\n"
-            "largest and top 1 % are medians over images; attention sink: share of attention on the most-attended patch,\n"
-            f"1x is fair; cut-off: {self.rule}"
-        )
-        told = [*(f"note: {note}" for note in self.notes), *([] if self.sinks == _EXACT else [self._of_sinks()])]
-        legend = "\n".join([legend, *told])
-        return f"{head}\n\n{table}\n\n{legend}\n\nverdict: {self.verdict} (layer {self.layer}): {self.evidence}"
+        return shown.assign(**{k: shown[k].map(f) for k, f in words.items()})
+
+    def _head(self) -> str:
+        size = f"{self.size[0]}x{self.size[1]}"
+        return f"{self.model} ({self.weights}) on {self.image_count} images of {self.images} at {size}"
+
+    def _legend(self) -> list[str]:
+        return [
+            "layer 0 enters block 1, the last layer is before the final norm; norms are L2 over channels, patch tokens only;",
+            "largest and top 1 % are medians over images; attention sink: share of attention on the most-attended patch,",
+            f"1x is fair; cut-off: {self.rule}",
+            *(f"note: {note}" for note in self.notes),
+            *([] if self.sinks == _EXACT else [self._of_sinks()]),
+        ]
+
+    def text(self) -> str:
+        """Write the report for a person, as `vitregs diagnose` prints it.
+
+        Returns:
+            Lines of text with a table of layers, what its columns mean, and the verdict.
+        """
+        table, legend = self._table().to_string(index=False), "\n".join(self._legend())
+        verdict = f"verdict: {self.verdict} (layer {self.layer}): {self.evidence}"
+        return f"{self._head()}\n\n{table}\n\n{legend}\n\n{verdict}"
 
     def _of_sinks(self) -> str:
         """How the sinks were measured, with the largest error in the table."""
@@ -139,7 +177,7 @@ def diagnose(
     Example:
         >>> import vitregs as vr
         >>> vit = vr.load("supervised-pico")
-        >>> diagnose(vit, vr.open_images("scenes", size=vit.size, count=16)).verdict
+        >>> vr.diagnose(vit, vr.open_images("scenes", size=vit.size, count=16)).verdict
         'none'
     """
     images = capture.opened(backbone, images)
@@ -184,5 +222,5 @@ def diagnose(
         np.concatenate(shown),
         np.concatenate(maps) if maps else None,
         joined.attrs["received"] + (f"; unknown where it cannot be watched: {unwatched}" if unwatched else ""),
-        list(getattr(backbone, "notes", [])),
+        backbone.notes,
     )

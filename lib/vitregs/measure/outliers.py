@@ -54,23 +54,25 @@ def find_outliers(seen: xr.Dataset | xr.DataArray, *, layer: int = -1, cutoff: f
         cutoff: A norm above which tokens are outliers; None for the rule, which can find that there are none.
 
     Returns:
-        bool [image, token]. Attributes: cutoff (a norm, nan if there is none), share (of patches above it), ratio (of the
-        outliers' typical norm to the median), and rule, in words.
+        bool [image, token]. Its attributes are cutoff (a norm, nan if there is none), share (of patches above it), ratio
+        (of the outliers' typical norm to the median), and rule, in words.
 
     Raises:
-        InputError: for a layer that was not captured, and a cut-off that is not positive.
+        InputError: For a layer that was not captured, and a cut-off that is not positive.
 
     Example:
         >>> import vitregs as vr
         >>> vit = vr.load("hunt-pico")
         >>> seen = vr.capture(vit, vr.open_images("scenes", size=vit.size, count=32), norms=True)
-        >>> 0.01 < find_outliers(seen).attrs["share"] < 0.2
+        >>> 0.01 < vr.find_outliers(seen).attrs["share"] < 0.2
         True
     """
-    norms = seen if isinstance(seen, xr.DataArray) else seen.get("norms")
-    if norms is None or "layer" not in norms.dims:
+    norms = seen.get("norms") if isinstance(seen, xr.Dataset) else seen
+    if not isinstance(norms, xr.DataArray) or "layer" not in norms.dims:
         raise InputError("outliers are found among norms of layers: capture(…, norms=True) first")
     layers = norms["layer"].values
+    if not isinstance(layer, int | np.integer):
+        raise InputError(f"a layer is a whole number, not {layer!r}")
     number = layers[layer] if -len(layers) <= layer < 0 else layer
     if number not in layers:
         raise InputError(f"layer {layer} was not captured: there are {', '.join(map(str, layers))}")
@@ -111,14 +113,14 @@ EMERGED_TOP1, EMERGED_SEPARATION = 4.0, 3.0
 
 
 def strongest_layer(layers: pd.DataFrame) -> pd.Series:
-    """The row of `by_layer`'s table that comes nearest to the emergence rule; the patch embedding (layer 0) is left out."""
+    """The row of `layer_evidence`'s table that comes nearest to the emergence rule; the patch embedding (layer 0) is left out."""
     deep = layers[layers.layer > 0]
     near = np.minimum(deep.top1 / EMERGED_TOP1, deep.separation.fillna(0) / EMERGED_SEPARATION)
     return deep.loc[near.idxmax() if near.max() > 0 else deep.top1.idxmax()]
 
 
 def has_emerged(row: Mapping[Any, Any] | pd.Series) -> bool:
-    """Whether outliers have emerged, by the emergence rule: a row of `by_layer`'s table → bool."""
+    """Whether outliers have emerged, by the emergence rule: a row of `layer_evidence`'s table → bool."""
     return bool(row["top1"] >= EMERGED_TOP1 and row["separation"] >= EMERGED_SEPARATION)
 
 
@@ -127,7 +129,7 @@ QUIET_RATIO = 4.0  # without a mode, and with largest / median below this everyw
 
 
 def verdict(layers: pd.DataFrame) -> tuple[str, int, str]:
-    """Decide from `by_layer`'s table: → ("artifacts" | "none" | "inconclusive", layer of the strongest evidence, why).
+    """Decide from `layer_evidence`'s table: → ("artifacts" | "none" | "inconclusive", layer of the strongest evidence, why).
 
     The strongest layer decides, not the last: in small ViTs the middle blocks show what the last one hides.
     """
@@ -209,7 +211,7 @@ def judge_emergence(
     norms: xr.DataArray, background: np.ndarray | None, layers: pd.DataFrame | None = None
 ) -> EmergenceVerdict:
     """Judge a network by the emergence rule: norms [image, layer, token], share of background in every patch (images, patches)
-    or None, `by_layer`'s table if it is at hand → Hunted (Fig 3, 5a, 7)."""
+    or None, `layer_evidence`'s table if it is at hand → EmergenceVerdict (Fig 3, 5a, 7)."""
     best = strongest_layer(layer_evidence(norms) if layers is None else layers)
     layer, there = int(best.layer), has_emerged(best)
     parts: list[tuple[float, float, float] | None] = [None, None]

@@ -39,16 +39,40 @@ FACTS: dict[str, Facts] = {
 
 @dataclass
 class Backbone:
-    """A frozen ViT with the facts needed to feed it pixels and to name its tokens."""
+    """A frozen ViT with the facts needed to feed it pixels and to name its tokens.
+
+    Attributes:
+        name: What it is called in tables.
+        net: The module of timm.
+        mean: Mean of the pixels it was trained on, of red, green and blue in [0, 1].
+        std: Their standard deviation.
+        size: Native (height, width) of an image in pixels.
+        preparation: How the model's own evaluation resizes and crops images.
+        source: Where the weights come from, in words.
+        weights: SHA-256 of the weight file, or what else tells the weights from others.
+        depth: Number of blocks; layers are counted from 0 to it.
+        width: Channels of a token.
+        patch_size: (height, width) of a patch in pixels.
+        registers: Number of register tokens.
+        prefix: Number of all tokens that stand before the patches.
+
+    Example:
+        >>> import vitregs as vr
+        >>> vit = vr.load("supervised-pico-reg4")
+        >>> vit.grid((64, 96))
+        (8, 12)
+        >>> vit.kinds((1, 2))
+        ['cls', 'register', 'register', 'register', 'register', 'patch', 'patch']
+    """
 
     name: str
     net: nn.Module
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    size: tuple[int, int]  # native (height, width) in pixels
-    preparation: Preparation  # how the model's own evaluation resizes and crops
-    source: str  # where the weights come from, in words
-    weights: str  # SHA-256 of the weight file, or "random", or the hub's name
+    size: tuple[int, int]
+    preparation: Preparation
+    source: str
+    weights: str
     facts: Facts = field(default_factory=Facts)
     loaded: list[str] = field(default_factory=list)  # what was converted to load the weights, a sentence each
     resampling: dict[str, Any] = field(default_factory=dict)  # how timm resizes this family's positions
@@ -81,7 +105,7 @@ class Backbone:
 
     @property
     def notes(self) -> list[str]:
-        """Every conversion between the weight file and the numbers: a sentence each, with the size now in use."""
+        """A sentence for each conversion between the weight file and the numbers, with the size now in use."""
         embed: Any = self.net.patch_embed
         now: tuple[int, int] = tuple(embed.grid_size)
         return self.loaded + [f"positions resized from {self._native[0]}x{self._native[1]} to {now[0]}x{now[1]}"] * (
@@ -89,9 +113,16 @@ class Backbone:
         )
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Patch grid of an image: (height, width) in pixels → (rows, columns).
+        """Count the patches of an image.
 
-        Raises InputError if the size is not a multiple of the patch size.
+        Args:
+            size: (height, width) in pixels.
+
+        Returns:
+            (rows, columns) of patches.
+
+        Raises:
+            InputError: The size is not a multiple of the patch size.
         """
         (height, width), (p, q) = size, self.patch_size
         if height % p or width % q or not height or not width:
@@ -103,10 +134,16 @@ class Backbone:
         return height // p, width // q
 
     def kinds(self, grid: tuple[int, int]) -> list[str]:
-        """Kinds of all tokens in the order of the sequence: grid → names from results.KINDS.
+        """Name the kinds of all tokens, in the order of the sequence.
 
         Models have at most one CLS token: DeiT's distillation token and RADIO's tokens for further teachers have
         kinds of their own.
+
+        Args:
+            grid: (rows, columns) of patches.
+
+        Returns:
+            For each token, "cls", "distillation", "summary", "register" or "patch".
         """
         rows, columns = grid
         counts = {
@@ -121,31 +158,47 @@ class Backbone:
         ]
 
     def final_norm(self) -> nn.Module:
-        """The norm that the model applies to the last layer: `norm`, or `fc_norm` where it stands behind the pooling.
+        """Find the norm that the model applies to the last layer.
 
-        Raises InputError where the model has none, or applies it to what its attention pooling gives.
+        Returns:
+            Its module `norm`, or `fc_norm` where the norm stands behind the pooling.
+
+        Raises:
+            InputError: The model has none, or applies it to what its attention pooling gives.
         """
         net: Any = self.net
         pooled = getattr(net, "attn_pool", None) is not None
         for norm in (getattr(net, "norm", None), None if pooled else getattr(net, "fc_norm", None)):
-            if norm is not None and not isinstance(norm, nn.Identity):
+            if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
                 return norm
         raise InputError(
             f"{self.name} has no final norm to apply to its tokens: ask for them without (final_norm=False)"
         )
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Shift and scale pixels as in training: (n, 3, H, W) in [0, 1] → the same shape, on the model's device."""
+        """Shift and scale pixels as in training.
+
+        Args:
+            pixels: (n, 3, height, width) in [0, 1].
+
+        Returns:
+            The same shape, on the model's device, with mean 0 and standard deviation 1 over the training images.
+        """
         pixels = pixels.to(self.device)
         mean, std = (pixels.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
 
     def fit(self, size: tuple[int, int]) -> None:
-        """Set the model to an image size: (height, width) in pixels; position tables are resized from the original.
+        """Set the model to an image size; position tables are resized from the original.
 
         As timm's own loading at that size does (bicubic with anti-aliasing, for some families bilinear without), but
-        for DINOv2, which its authors resize without anti-aliasing. Raises InputError if the size is not a multiple of the
-        patch size.
+        for DINOv2, which its authors resize without anti-aliasing.
+
+        Args:
+            size: (height, width) in pixels.
+
+        Raises:
+            InputError: The size is not a multiple of the patch size, or the model takes no other than its own.
         """
         grid = self.grid(size)
         embed: Any = self.net.patch_embed
@@ -175,14 +228,21 @@ class Backbone:
             **{"antialias": self.facts.antialias, **self.resampling},
         )
         if self.facts.cropped and grid != (side, side):
-            square = table[:, prefix:].unflatten(1, (side, side))[:, : grid[0], : grid[1]].flatten(1, 2)
+            square = table[:, prefix:].reshape(len(table), side, side, -1)[:, : grid[0], : grid[1]].flatten(1, 2)
             table = torch.cat([table[:, :prefix], square], 1)
         return table
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Fit the model to the pixels and normalise them: (n, 3, H, W) in [0, 1] → network input.
+        """Fit the model to the size of some pixels, and normalise them.
 
-        Raises InputError for other shapes and for sizes that are not a multiple of the patch size.
+        Args:
+            pixels: (n, 3, height, width) in [0, 1].
+
+        Returns:
+            What `net` takes.
+
+        Raises:
+            InputError: For other shapes, and sizes that are not a multiple of the patch size.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise InputError(f"pixels must have the shape (n, 3, height, width), not {tuple(pixels.shape)}")
@@ -191,10 +251,21 @@ class Backbone:
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> Tensor:
-        """Class scores of the trained head: (n, 3, H, W) in [0, 1] → (n, classes). Raises InputError without a head."""
+        """Score the classes of the trained head.
+
+        Args:
+            pixels: (n, 3, height, width) in [0, 1].
+
+        Returns:
+            (n, classes), before the softmax.
+
+        Raises:
+            InputError: The model has no trained head, and as `prepare` does.
+        """
         if not self.net.num_classes:
             raise InputError(f"{self.name} has no trained head: it names no classes")
-        return self.net(self.prepare(pixels))
+        scores: Tensor = self.net(self.prepare(pixels))
+        return scores
 
 
 def _count(token: Tensor | None) -> int:

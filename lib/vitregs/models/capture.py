@@ -30,9 +30,10 @@ Reduce = Callable[[Tensor], None]
 Look = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], None]  # layer, q, k, v, mask, scale
 PROJECTIONS = ("query", "key", "value")
 PRECISIONS = ("float32", "bfloat16")
-QUERIES = 128  # random queries an image to estimate attention received from: on DeiT-Tiny at 448 px, sinks of 12 fair
-
-# shares and more come out within 6 % in the mean over 8 images, sinks of 10 shares up to 17 % too low
+# Random queries an image to estimate attention received from: on DeiT-Tiny at 448 px, sinks of 12 fair shares and more
+# come out within 6 % in the mean over 8 images, sinks of 10 shares up to 17 % too low
+QUERIES = 128
+OVERSHOT = 0.1  # what a bicubic resize may add at edges to pixels in [0, 1]
 _FULL = re.compile("out of memory|not enough memory|allocate memory|bad_alloc", re.IGNORECASE)
 
 
@@ -81,12 +82,13 @@ class _Attention(TorchFunctionMode):
         for i, block in enumerate(blocks):
             self.hooks.append(block.register_forward_pre_hook(lambda _m, _x, i=i: setattr(self, "block", i)))
             self.hooks.append(block.register_forward_hook(lambda _m, _x, _y: setattr(self, "block", None)))
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
         for hook in self.hooks:
             hook.remove()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -177,6 +179,8 @@ def received_estimated(
 
 # --- what is asked for
 def _layers(backbone: Backbone, layers: Sequence[int] | None, first: int) -> list[int]:
+    if isinstance(layers, int | str):
+        raise InputError(f"layers are given as a list, [{layers}], not as {layers!r}")
     chosen = list(range(first, backbone.depth + 1)) if layers is None else [int(n) for n in layers]
     if not chosen:
         raise InputError(f"no layers are asked for: {backbone.name} has layers {first} to {backbone.depth}")
@@ -185,6 +189,14 @@ def _layers(backbone: Backbone, layers: Sequence[int] | None, first: int) -> lis
         if not first <= n <= backbone.depth:
             raise InputError(f"layer {given} does not exist: {backbone.name} has layers {first} to {backbone.depth}")
     return fixed
+
+
+def _check_backbone(given: Any) -> None:
+    """Raise InputError for a network that is no Backbone yet."""
+    if isinstance(given, str | Path):
+        raise InputError(f"the first argument is a network, not its name: load({str(given)!r}) first")
+    if not hasattr(given, "prepare"):
+        raise InputError(f"the first argument is what load or wrap gives, not {type(given).__name__}")
 
 
 def _kinds(backbone: Backbone, kinds: str | Iterable[str], least: int = 1) -> set[str]:
@@ -225,6 +237,12 @@ class _Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_backbone(self.backbone)
+        if isinstance(self.attention, int):  # True too
+            raise InputError(
+                f"attention is given as a list of kinds or patches, not as {self.attention!r}: ['cls'] for CLS"
+            )
+
         def layers(given: bool | Sequence[int] | None, first: int) -> list[int]:
             return (
                 []
@@ -466,7 +484,7 @@ def _batches(images: ImageSource | Tensor, batch: int) -> Iterator[Batch]:
         raise InputError(f"batch must be 1 or more, not {batch}")
     empty = True
     if isinstance(images, Tensor):
-        given: Iterator[Any] = iter(images.split(batch))
+        given: Iterator[Any] = iter(torch.split(images, batch))
     else:
         given = images.batches(batch) if hasattr(images, "batches") else images.pixels(batch)
     for part in given:
@@ -487,12 +505,22 @@ def opened(backbone: Backbone, images: Any) -> ImageSource | Tensor:
             `images.open_images` takes, a folder or a list of PIL images for example.
 
     Raises:
-        InputError: as `images.open_images` does.
+        InputError: As `images.open_images` does, and for pixels that are no shares of white.
     """
+    _check_backbone(backbone)
+    if isinstance(images, Tensor) and len(images):
+        low, high = float(images.min()), float(images.max())
+        if not images.is_floating_point() or low < -OVERSHOT or high > 1 + OVERSHOT:
+            raise InputError(
+                f"pixels lie in [0, 1], before any normalisation, not from {low:g} to {high:g} ({str(images.dtype)[6:]})"
+            )
     if isinstance(images, str | Path | list | tuple):
         return open_images(images, size=backbone.size, preparation=backbone.preparation)
-    if isinstance(images, Tensor) or hasattr(images, "pixels"):
+    if isinstance(images, Tensor):
         return images
+    if hasattr(images, "pixels"):
+        source: ImageSource = images
+        return source
     raise InputError(f"images are a folder, a list of PIL images, a tensor or open images, not {type(images).__name__}")
 
 
@@ -602,7 +630,8 @@ def capture(
     Example:
         >>> import vitregs as vr
         >>> vit = vr.load("supervised-pico-reg4")
-        >>> seen = capture(vit, vr.open_images("scenes", size=vit.size, count=2), norms=True, attention=["cls"])
+        >>> images = vr.open_images("scenes", size=vit.size, count=2)
+        >>> seen = vr.capture(vit, images, norms=True, attention=["cls"])
         >>> dict(seen.norms.sel(layer=8, token="register").sizes)
         {'image': 2, 'token': 4}
         >>> dict(seen.attention.sizes)
@@ -655,7 +684,7 @@ def register_means(backbone: Backbone, images: ImageSource | Tensor, *, batch: i
 
 def patch_embeddings(backbone: Backbone, images: ImageSource | Tensor, *, batch: int = 32) -> xr.DataArray:
     """`capture` of patch embeddings before positions are added: → [image, token, channel] of patches (Fig 5a)."""
-    return _alone(capture(backbone, images, embeddings=True, kinds="patch", batch=batch), "embeddings", "stem")
+    return _alone(capture(backbone, images, embeddings=True, kinds="patch", batch=batch), "embeddings", "embedding")
 
 
 def attention(

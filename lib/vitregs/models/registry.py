@@ -176,24 +176,30 @@ def words(name: str) -> dict[str, Tensor] | None:
 
 
 def load(name: str, *, weights: str | Path | None = None, device: str = "auto") -> Backbone:
-    """Load a ViT.
+    """Load a ViT by its name.
 
     Args:
-        name: A name of `zoo` or of timm, NAME@FILE, or a training folder.
+        name: A name of this book's networks or of timm (`vitregs models` lists both), `NAME@FILE` for timm's network with
+            weights from a file, or a folder that `vitregs train` wrote.
         weights: A file, an index of shards or a folder with weights, in place of the published ones.
         device: "auto", "cpu", "cuda", …
 
     Returns:
         The model, frozen; its size is that of the grid its positions were trained on, its `notes` tell what was
-        converted. Weights that a name brings along are told in the name: NAME@STEM-HASH.
+        converted. Weights that a name brings along are told in its own: `NAME@FILE-HASH`.
 
     Raises:
-        InputError: For unknown names, models that are not ViTs, unreadable or unfitting weights, and no network.
+        InputError: For unknown names, models that are not ViTs, unreadable or unfitting weights, no network, and a
+            device that is not there.
 
     Example:
-        >>> load("supervised-pico-reg4").registers
-        4
+        >>> import vitregs as vr
+        >>> vit = vr.load("supervised-pico-reg4")
+        >>> vit.registers, vit.depth, vit.size
+        (4, 8, (96, 96))
     """
+    if not isinstance(name, str):
+        raise InputError(f"a model is loaded by its name, not by {type(name).__name__}")
     check(name)
     target = pick_device(device)
     bare, path = split(name)
@@ -212,8 +218,9 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "auto") 
 
 def _label(bare: str, path: Path, found: str) -> str:
     """Name a model by its weights too: name, file or folder, SHA-256 → a name that is safe as part of a file name."""
-    stem = re.sub(r"[^\w.+-]+", "_", path.resolve().stem if path.is_file() else path.resolve().name)
-    return f"{bare}@{found[:6]}" if stem == bare else f"{bare}@{stem}-{found[:6]}"
+    whole = path.resolve()
+    word = re.sub(r"[^\w.+-]+", "_", whole.stem if path.is_file() else whole.name)
+    return f"{bare}@{found[:6]}" if word == bare else f"{bare}@{word}-{found[:6]}"
 
 
 def random(name: str, *, seed: int = 0, **options: Any) -> Backbone:
@@ -230,29 +237,39 @@ def random(name: str, *, seed: int = 0, **options: Any) -> Backbone:
 
 
 def wrap(net: nn.Module, name: str = "") -> Backbone:
-    """Take a timm ViT that is loaded already, as it stands: frozen, in evaluation mode, on its device.
+    """Take a timm ViT that is loaded already.
 
     Args:
-        net: A module of timm's ViT family, with `patch_embed`, `blocks` and prefix tokens.
+        net: A module of timm's ViT family: ViT, DeiT, EVA, BEiT, with or without registers.
         name: What it is called in tables; by default timm's name of its architecture.
 
     Returns:
-        The same module with the facts needed to feed it and to name its tokens; mean, standard deviation, size and
-        preparation follow timm's data config of the module.
+        The same module on its device, frozen and in evaluation mode, with the facts needed to feed it and to name its
+        tokens; mean, standard deviation, size and preparation follow timm's data config of the module. Its weights stay
+        as they are, but for the positions, which are resized to the images that it is shown.
 
     Raises:
-        InputError: for a module of another kind.
+        InputError: For a module of another kind.
 
     Example:
         >>> import timm
-        >>> wrap(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)).depth
+        >>> import vitregs as vr
+        >>> vr.wrap(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)).depth
         2
     """
-    lacks = [part for part in ("patch_embed", "blocks", "num_prefix_tokens", "embed_dim") if not hasattr(net, part)]
-    if lacks or not hasattr(net.patch_embed, "patch_size"):
-        raise InputError(f"{type(net).__name__} is no plain ViT of timm: it has no {(lacks or ['patch_size'])[0]}")
+    if isinstance(net, Backbone):
+        raise InputError(f"{net.name} is wrapped already: use it as it is")
+    if isinstance(net, str | Path):
+        raise InputError(f"wrap takes a module: load({str(net)!r}) takes a name")
+    kind = type(net).__name__
+    homes = {c.__module__.removeprefix("timm.models.") for c in type(net).__mro__}
+    if not homes & VIT_MODULES:
+        raise InputError(f"{kind} is no plain ViT of timm: it has no single grid of patch tokens to measure")
+    embed: Any = net.patch_embed
+    if any(n * p != side for n, p, side in zip(embed.grid_size, embed.patch_size, embed.img_size, strict=True)):
+        raise InputError(f"the patches of this {kind} are not cut from pixels: networks with a stem cannot be measured")
     if not len(net.blocks):  # type: ignore[arg-type]
-        raise InputError(f"{type(net).__name__} has no blocks")
+        raise InputError(f"this {kind} has no blocks")
     config: Any = getattr(net, "pretrained_cfg", None) or {}
     known = str(config.get("architecture") or type(net).__name__)
     return _wrap(name or known, net, "a module in memory", f"in memory, {_state_hash(net)}")
@@ -268,7 +285,7 @@ def _state_hash(net: nn.Module) -> str:
 
 
 def _wrap(name: str, net: nn.Module, source: str, weights: str) -> Backbone:
-    data = timm.data.resolve_model_data_config(net)
+    data = timm.data.resolve_model_data_config(net)  # type: ignore[no-untyped-call]
     facts = next((f for pattern, f in FACTS.items() if fnmatch(name, pattern)), Facts())
     embed: Any = net.patch_embed
     # timm's config does not follow the option img_size; a table that is cropped is made for all sizes
@@ -363,7 +380,7 @@ def _from_folder(folder: Path, name: str, given: Path | None) -> Backbone:
     """Load a model trained here from its folder: folder, name, weights in place of its own → Backbone."""
     try:
         facts = _recipe(folder)
-        net = timm.models.VisionTransformer(**facts["vit"])
+        net: Any = timm.models.VisionTransformer(**facts["vit"])
         mean, std = tuple(facts["mean"]), tuple(facts["std"])
         wanted, source = facts["weights"], f"zoo, {facts['recipe']['objective']}"
     except InputError:
@@ -380,12 +397,14 @@ def _from_folder(folder: Path, name: str, given: Path | None) -> Backbone:
     notes = _filled(net, convert, given or folder, name)
     (rows, columns), (height, width) = net.patch_embed.grid_size, net.patch_embed.patch_size
     source = given.name if given else source if folder.parent == ZOO else str(folder)
+    native = (rows * height, columns * width)
+    net.pretrained_cfg = {"architecture": name, "input_size": (3, *native), "mean": mean, "std": std, "crop_pct": 1.0}
     return Backbone(
         name,
         net,
         mean,
         std,
-        (rows * height, columns * width),
+        native,
         Preparation(),
         source,
         file_hash(*found),

@@ -230,9 +230,9 @@ def probe(
     known = any(mask is not None for mask in masks)
     background = np.stack([bare if mask is None else mask for mask in masks]) if known else None
     places = locate(states, marked, background, own=own)
-    pictured = reconstruct(states, torch.cat(cells).numpy(), marked, background, own=own)
+    pixels = reconstruct(states, torch.cat(cells).numpy(), marked, background, own=own)
     return (
-        xr.concat([places, pictured], "quantity", data_vars="minimal")
+        xr.concat([places, pixels], "quantity", data_vars="minimal")
         .assign_coords(model=backbone.name)
         .assign_attrs(marked=words, positions=states.sizes["token"])
     )

@@ -136,25 +136,32 @@ def plot_token_strip(norms: Mapping[str, xr.DataArray]) -> Figure:
     return figure
 
 
-def plot_diagnosis(found: Diagnosis) -> Figure:
-    """Norms over layers, their density at the deciding layer, and maps of the first images: a Diagnosis → Figure."""
-    assert found.norms is not None
+def plot_layers_and_density(name: str, norms: xr.DataArray, layer: int, cut: float, says: str) -> Figure:
+    """Norms over layers, and their density at one of them (Fig 3, 4a): name, [image, layer, token], the layer, its
+    cut-off or nan, what is said of the layer → Figure."""
     figure, axes = axes_grid(1, 2, 9.4, 3.2)
-    norms, at = found.norms, found.norms.sel(layer=found.layer)
     values = patches(norms).transpose("layer", "image", "token").values
     edges = norm_edges(values)
     share = np.stack([np.histogram(v, edges)[0] / v.size for v in values])
     norm_histogram(figure, axes[0, 0], np.asarray(norms["layer"]), edges, share)
-    axes[0, 0].set(title=found.model, xlabel="layer", ylabel="L2 norm of patch tokens")
+    axes[0, 0].set(xlabel="layer", ylabel="L2 norm of patch tokens")
+    axes[0, 0].set_title(name, fontsize=10)
     axis = axes[0, 1]
-    axis.hist(patches(at).values.ravel(), bins=80, density=True, log=True, color=PALETTE[0])
-    cut = found.layers.set_index("layer").loc[found.layer, "cutoff"]
+    axis.hist(patches(norms.sel(layer=layer)).values.ravel(), bins=80, density=True, log=True, color=PALETTE[0])
     if np.isfinite(cut):
         axis.axvline(cut, color="black", ls="--", lw=1)
-    axis.set(
-        title=f"layer {found.layer}: {found.verdict}", xlabel="L2 norm of patch tokens", ylabel="density (log scale)"
-    )
+    axis.set(xlabel="L2 norm of patch tokens", ylabel="density (log scale)")
+    axis.set_title(_wrap(f"layer {layer}: {says}"), fontsize=10 if len(says) < 45 else 8)
+    return figure
+
+
+def plot_diagnosis(found: Diagnosis) -> Figure:
+    """Norms over layers, their density at the deciding layer, and maps of the first images: a Diagnosis → Figure."""
+    assert found.norms is not None
+    cut = found.layers.set_index("layer").loc[found.layer, "cutoff"]
+    figure = plot_layers_and_density(found.model, found.norms, found.layer, cut, found.verdict)
     if found.shown is not None:
+        at = found.norms.sel(layer=found.layer)
         _add_maps(figure, found, patch_maps(at.isel(image=slice(len(found.shown)))).values)
     return figure
 

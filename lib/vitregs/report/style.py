@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 PALETTE = sns.color_palette("colorblind")
 STYLE: Any = {
@@ -70,7 +71,11 @@ def norm_histogram(figure: Figure, axis: Axes, x: np.ndarray, edges: np.ndarray,
         sides, edges, np.where(share > 0, share, np.nan).T, cmap="viridis", norm=LogNorm(1e-5, 1), rasterized=True
     )
     step = -(-len(x) // 9)
-    axis.set(yscale="log", xticks=np.arange(len(x))[::step], xticklabels=[f"{v:g}" for v in x[::step]])
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set(xticks=np.arange(len(x))[::step], xticklabels=[f"{v:g}" for v in x[::step]])
     axis.grid(False)
     bar = figure.colorbar(mesh, ax=axis)
     bar.set_label("share of tokens", size=8)

@@ -282,7 +282,7 @@ def line(recipe: Recipe, records: list[dict[str, Any]], used: float = math.nan) 
 def _stamp(recipe: Recipe, feed: data.Feed, world: int) -> str:
     """All that decides the weights, as text: what a checkpoint must agree with."""
     return json.dumps(
-        {**recipe.facts(), "data": feed.fingerprint, "pictures": getattr(feed, "trained", None), "processes": world},
+        {**recipe.facts(), "data": feed.fingerprint, "images": getattr(feed, "trained", None), "processes": world},
         sort_keys=True,
     )
 
@@ -357,16 +357,16 @@ _Progress = tuple[
 ]  # step, records, seconds, sum of losses since the last look, their number
 
 
-def _differences(kept: dict[str, Any], tasks: dict[str, Any]) -> str:
+def _differences(kept: dict[str, Any], wanted: dict[str, Any]) -> str:
     """How two stamps differ, in words."""
-    names = [k for k in sorted(kept.keys() | tasks.keys()) if kept.get(k) != tasks.get(k)]
-    predicted = [
-        f"other {'number of ' if k == 'pictures' else ''}images"
-        if k in ("data", "pictures")
-        else f"{k} {kept.get(k)}, not {tasks.get(k)}"
+    names = [k for k in sorted(kept.keys() | wanted.keys()) if kept.get(k) != wanted.get(k)]
+    parts = [
+        f"other {'number of ' if k == 'images' else ''}images"
+        if k in ("data", "images")
+        else f"{k} {kept.get(k)}, not {wanted.get(k)}"
         for k in sorted(names, key=lambda k: (k == "name", k))
     ]
-    return "; ".join(predicted[:3]) + ("; …" if len(predicted) > 3 else "")
+    return "; ".join(parts[:3]) + ("; …" if len(parts) > 3 else "")
 
 
 def _resume(stamp: str, file: Path, learner: nn.Module, optimizer: Any) -> _Progress:
