@@ -100,6 +100,21 @@ def test_the_key_is_of_content_and_not_of_place(pair: tuple[Path, Path], tmp_pat
     assert images.open_images(str(moved), size=16).key != before
 
 
+def test_a_parquet_file_exchanged_under_the_same_time_is_read_anew(tmp_path: Path) -> None:
+    """The cache of `datasets` knows files by path and time alone."""
+    file = tmp_path / "set" / "a.parquet"
+    shard(file, 3, seed=0)
+    stat, old = file.stat(), images.open_images(str(file), size=8)
+    first, key = next(old.pixels(8)), old.fingerprint
+    shard(file, 5, seed=50)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    new = images.open_images(str(file), size=8)
+    second = next(new.pixels(8))
+    assert new.fingerprint != key
+    assert len(second) == 5
+    assert not np.array_equal(second[:3], first)
+
+
 def test_only_what_is_drawn_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "set", *(f"{i}.png" for i in range(9)))
     read, real = [], file_hash

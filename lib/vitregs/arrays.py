@@ -1,12 +1,13 @@
 """Labelled arrays: dimensions, the token index, patch maps, and bootstrap intervals over images."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from vitregs.errors import InputError, unknown
 
@@ -107,13 +108,15 @@ def _percentile(statistic: Callable[[np.ndarray], Any], count: int, draws: int) 
     value = float(statistic(index))
     if count < 2:
         return value, value, value
-    found = bootstrap(
-        (index,),
-        lambda drawn, axis: statistic(np.moveaxis(drawn, axis, -1)),
-        n_resamples=draws,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(0),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # where all images agree, so do the ends
+        found = bootstrap(
+            (index,),
+            lambda drawn, axis: statistic(np.moveaxis(drawn, axis, -1)),
+            n_resamples=draws,
+            method="percentile",
+            vectorized=True,
+            rng=np.random.default_rng(0),
+        )
     low, high = np.nanquantile(found.bootstrap_distribution, [0.025, 0.975])
     return value, float(low), float(high)
