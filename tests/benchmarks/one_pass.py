@@ -33,31 +33,46 @@ def paint(folder: Path, count: int, side: int) -> None:
         Image.fromarray(small).resize((side, side)).save(folder / f"{n:03d}.png")
 
 
+def library() -> tuple[Callable[..., Any], ...]:
+    """What is timed, of the checkout at hand: → open images, random backbone, diagnosis, LOST, local probes.
+
+    Before 2026-11-28 the same functions stood in other modules.
+    """
+    try:
+        from vitregs.data.images import open_images
+        from vitregs.measure.diagnose import diagnose
+        from vitregs.measure.lost import evaluate
+        from vitregs.models.registry import random
+        from vitregs.probes.local import probe
+    except ModuleNotFoundError:
+        from importlib import import_module
+
+        names = ("images.load", "backbones.random", "diagnose.diagnose", "discovery.study", "probes.local.probe")
+        parts = (name.rpartition(".") for name in names)
+        return tuple(getattr(import_module(f"vitregs.{module}"), name) for module, _, name in parts)
+    return open_images, random, diagnose, evaluate, probe
+
+
 def work(what: str, folder: str, side: int, batch: int) -> None:
     """Do one thing once and print seconds and peak memory in MiB."""
-    from vitregs.data import images
-    from vitregs.measure import lost
-    from vitregs.measure.diagnose import diagnose
-    from vitregs.models import registry
-    from vitregs.probes import local
+    open_images, random, diagnose, evaluate, probe = library()
+    backbone = random(MODEL, img_size=side)
 
-    backbone = registry.random(MODEL, img_size=side)
-
-    def plain(source: images.Images) -> None:
+    def plain(source: Any) -> None:
         net: Any = backbone.net
         with torch.no_grad():
             for pixels in source.pixels(batch):
                 net.forward_features(backbone.prepare(pixels))
 
-    tasks: dict[str, Callable[[images.Images], object]] = {
+    tasks: dict[str, Callable[[Any], object]] = {
         "plain": plain,
         "diagnose": lambda source: diagnose(backbone, source, batch=batch),
-        "study": lambda source: lost.evaluate(backbone, source),
-        "probe": lambda source: local.probe(backbone, source, batch=batch),
+        "study": lambda source: evaluate(backbone, source),
+        "probe": lambda source: probe(backbone, source, batch=batch),
     }
-    plain(images.open_images(folder, size=side, count=1))
+    plain(open_images(folder, size=side, count=1))
     start = time.perf_counter()
-    tasks[what](images.open_images(folder, size=side))
+    tasks[what](open_images(folder, size=side))
     print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -139,7 +139,9 @@ class Diagnosis:
     def _of_sinks(self) -> str:
         """How the sinks were measured, with the largest error in the table."""
         error = self.layers["sink_error"].max()
-        return f"attention sink: {self.sinks}" + ("" if np.isnan(error) else f" (standard error at most {error:.2g}x)")
+        return f"attention sink: {self.sinks}" + (
+            "" if np.isnan(error) else f" (standard error at most {error:.2g}x; weak sinks read low)"
+        )
 
 
 def diagnose(
