@@ -555,6 +555,7 @@ def test_run(here: Path, fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--names", "[1]"], {"names": ["[1]"]}),
         (["--names"], {"names": []}),
         (["--names", "one, file.pth", "f,g"], {"names": ["one, file.pth", "f", "g"]}),
+        (["--names", "a@one, file.pth", "b@"], {"names": ["a@one, file.pth", "b@"]}),
         (["--count", "-3", "--how", "true"], {"count": -3, "how": "true"}),
         ([], {}),
     ],

@@ -198,7 +198,7 @@ def test_a_very_broad_mode_and_a_large_one_are_found():
 @pytest.mark.parametrize(
     ("norms", "message"),
     [
-        (np.ones(199), "199 norms are too few to look for an outlier mode: at least 200"),
+        (np.ones(195), "195 norms are too few to look for an outlier mode: at least 196 are needed, from more images"),
         (np.ones(0), "0 norms are too few"),
         (np.append(np.ones(300), np.nan), "finite"),
         (np.append(np.ones(300), np.inf), "finite"),

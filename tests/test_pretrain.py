@@ -671,6 +671,7 @@ def test_the_report_says_how_it_stands() -> None:
     assert loop.line(TINY, [first, then]).endswith("6 images/s  0 min left")
     assert "  utilisation 41 %  " in loop.line(TINY, [first, then], 0.41)
     assert "images/s" in loop.line(TINY, [first, {**then, "seconds": 3.0}])  # a clock that stands still
+    assert "loss" not in loop.line(TINY, [{**first, "loss": math.nan}])  # none before the first step
 
 
 # --- the zoo

@@ -51,9 +51,13 @@ def _truth(_type: Any, tokens: Sequence[Token]) -> bool:
 
 
 def _several(_type: Any, tokens: Sequence[Token]) -> list[str]:
-    """Several words, or one with commas; a file whose name has a comma stays whole."""
+    """Several words, or one with commas; a file whose name has a comma stays whole, NAME@FILE too."""
     words = [token.value for token in tokens]
-    return [w for word in words for w in ([word] if Path(word).expanduser().exists() else word.split(","))]
+
+    def whole(word: str) -> bool:
+        return any(part and Path(part).expanduser().exists() for part in (word, word.partition("@")[2]))
+
+    return [w for word in words for w in ([word] if whole(word) else word.split(","))]
 
 
 def _wholes(_type: Any, tokens: Sequence[Token]) -> list[int]:

@@ -25,7 +25,7 @@ _SEARCH_RATIO = 1.5  # where the search for it begins, so that a minor mode is s
 LEAST_SEPARATION = 3.0  # Ashman's D: distance of the centres over the root mean square of the two standard deviations
 LEAST_TOKENS = 10
 DEEPEST_VALLEY = 0.7  # density at the bottom of the valley over the density at the second mode, at most
-LEAST_DATA = 200
+LEAST_DATA = 196  # one image of 224 pixels in patches of 16
 _BINS = 600  # over 8 standard deviations of the bulk
 _LEAST_SCALE = 0.01  # of the bulk in log norm: nothing finer is looked at
 _PLACES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # of a second mode, as quantiles of all that it could hold
@@ -128,12 +128,13 @@ def _fit(
 def find(norms: np.ndarray) -> Cutoff:
     """Look for an outlier mode in the norms of patch tokens: any shape → Cutoff.
 
-    Raises InputError for fewer than 200 norms or for values that are not finite.
+    Raises InputError for fewer than LEAST_DATA norms or for values that are not finite.
     """
     values = np.asarray(norms, np.float64).ravel()
     if len(values) < LEAST_DATA:
         raise InputError(
-            f"{len(values)} norms are too few to look for an outlier mode: at least {LEAST_DATA} are needed"
+            f"{len(values)} norms are too few to look for an outlier mode: at least {LEAST_DATA} are needed, "
+            "from more images or larger ones"
         )
     if not np.isfinite(values).all() or (values < 0).any():
         raise InputError("norms must be finite and not negative")

@@ -9,6 +9,7 @@ from scipy.stats import kurtosis
 
 from vitregs import arrays
 from vitregs.errors import InputError
+from vitregs.report.format import cell
 
 
 def colours(maps: xr.DataArray, limit: float = 2.3) -> np.ndarray:
@@ -50,8 +51,7 @@ def summary(
             if values is None:
                 row[key] = "no masks"
                 continue
-            mean, low, high = arrays.bootstrap_interval(values[np.isfinite(values)])
-            row[key] = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+            row[key] = cell(arrays.bootstrap_interval(values[np.isfinite(values)]))
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -14,6 +14,7 @@ from vitregs import arrays
 from vitregs.data import published
 from vitregs.measure import lost
 from vitregs.models.pairs import register_pairs
+from vitregs.report.format import cell
 from vitregs.report.style import PALETTE, axes_grid, blank, note
 
 SETS = ("VOC2007", "VOC2012", "COCO20k")
@@ -25,8 +26,7 @@ def _cell(values: np.ndarray, sign: str = "") -> str:
     there = 100 * np.asarray(values)[np.isfinite(values)]
     if not len(there):
         return "no boxes"
-    mean, low, high = arrays.bootstrap_interval(there)
-    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    return cell(arrays.bootstrap_interval(there), 1, sign)
 
 
 def _used(data: xr.Dataset) -> xr.Dataset:
@@ -99,8 +99,7 @@ def lengths(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     for name, data in found.items():
         row: dict[str, object] = {"model": name, "marked": str(data["marked"].values)}
         for which in lost.PROJECTIONS:
-            value, low, high = (float(data[k].sel(projection=which)) for k in ("ratio", "low", "high"))
-            row[which] = "–" if np.isnan(value) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+            row[which] = cell(float(data[k].sel(projection=which)) for k in ("ratio", "low", "high"))
         rows.append(row | {"images": int(data["n"].max())})
     return pd.DataFrame(rows)
 

@@ -1,7 +1,7 @@
 """Norms over tokens, layers and models (Fig 3, 4, 7): tables and figures."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
 
 import numpy as np
@@ -15,8 +15,7 @@ from vitregs.data import published
 from vitregs.measure import outliers
 from vitregs.measure.diagnose import Diagnosis
 from vitregs.measure.mixture import Cutoff
-from vitregs.models import registry
-from vitregs.models.pairs import register_pairs
+from vitregs.report.format import cell
 from vitregs.report.style import PALETTE, axes_grid, blank, norm_edges, norm_histogram
 
 
@@ -33,12 +32,8 @@ def verdicts(norms: Mapping[str, xr.DataArray]) -> pd.DataFrame:
         word, layer, _ = outliers.verdict(outliers.layer_evidence(a))
         at = a.sel(layer=layer)
         marked = arrays.patches(outliers.mark_outliers(at, outliers.find_cutoff(at))).mean("token")
-        numbers = (
-            f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-            for mean, low, high in map(
-                arrays.bootstrap_interval, (100 * marked, outliers.largest_ratio(a).sel(layer=layer))
-            )
-        )
+        ratios = outliers.largest_ratio(a).sel(layer=layer)
+        numbers = (cell(arrays.bootstrap_interval(v)) for v in (100 * marked, ratios))
         rows.append((name, word, f"{layer} of {int(a['layer'].max())}", *numbers))
     return pd.DataFrame(rows, columns=["model", "verdict", "layer", "outliers, %", "largest / median norm"])
 
@@ -61,24 +56,10 @@ def layers(norms: Mapping[str, xr.DataArray]) -> pd.DataFrame:
     return table.rename(columns={"cutoff": "cut-off", "share": "2nd mode, %", "ratio": "its ratio"})
 
 
-def _yes(value: bool | None) -> str:
-    return {True: "yes", False: "no", None: "?"}[value]
-
-
-def _per_cent(interval: tuple[float, float, float] | None) -> str:
-    return "" if interval is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in interval))
-
-
 def sizes(norms: Mapping[str, xr.DataArray], weights: Mapping[str, int]) -> dict[str, xr.DataArray]:
     """Label models by their size, smallest first: {model: [image, layer, token]}, {model: weights} → {label: last layer}."""
     order = sorted(norms, key=lambda name: weights[name])
     return {f"{name}\n{weights[name] / 1e6:.2f} M": norms[name].isel(layer=-1) for name in order}
-
-
-def _four(names: Sequence[str]) -> dict[str, str]:
-    """Partners in the zoo with four registers: names → {name: partner}."""
-    found = {a: b for a, b in register_pairs(registry.zoo()) if registry.card(b)["recipe"]["registers"] == 4}
-    return {name: found[name] for name in names if name in found}
 
 
 def plot_density(norms: Mapping[str, np.ndarray], cuts: Mapping[str, Cutoff]) -> Figure:

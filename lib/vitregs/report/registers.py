@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from vitregs import arrays
 from vitregs.data import ground_truth, published
 from vitregs.measure import object_attention
+from vitregs.report.format import cell
 from vitregs.report.style import PALETTE, axes_grid, blank, note
 
 
@@ -102,7 +103,7 @@ def pivot(table: pd.DataFrame, quantity: str, methods: Sequence[str]) -> pd.Data
     a method, cells "mean [low, high]"; empty where no score exists."""
     part = table[(table["quantity"] == quantity) & table["method"].isin(list(methods))]
     numbers = zip(part["mean"], part["low"], part["high"], strict=True)
-    shown = part.assign(cell=[f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, low, high in numbers])
+    shown = part.assign(cell=list(map(cell, numbers)))
     shown = shown.pivot(index="model", columns="method", values="cell").fillna("")
     order = [m for m in methods if m in shown.columns]
     return shown.reindex(index=part["model"].unique(), columns=order).rename_axis(None, axis=1)
@@ -122,8 +123,7 @@ def variety(maps: Mapping[str, xr.DataArray], seen: Mapping[str, xr.Dataset]) ->
                 data = object_attention.variety(chosen, seen[name]).dropna("image")
                 for key, title in (("same", "same top object, %"), ("covered", "objects covered, %")):
                     if data.sizes["image"]:
-                        mean, low, high = arrays.bootstrap_interval(100 * data[key].values)
-                        row[title] = f"{mean:.0f} [{low:.0f}, {high:.0f}]"
+                        row[title] = cell(arrays.bootstrap_interval(100 * data[key].values), 0)
                         row[f"{key}, by chance"] = f"{100 * float(data[f'{key}_by_chance'].mean()):.0f}"
             rows.append(row)
     return pd.DataFrame(rows)

@@ -9,11 +9,18 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from vitregs import report
 from vitregs.arrays import KINDS
 from vitregs.measure import outliers
 from vitregs.models import registry
+from vitregs.models.pairs import register_pairs
+from vitregs.report.format import cell, per_cent, yes
 from vitregs.report.style import PALETTE, axes_grid, blank, norm_histogram, note
+
+
+def _four(names: Sequence[str]) -> dict[str, str]:
+    """Partners in the zoo with four registers: names → {name: partner}."""
+    found = {a: b for a, b in register_pairs(registry.zoo()) if registry.card(b)["recipe"]["registers"] == 4}
+    return {name: found[name] for name in names if name in found}
 
 
 def training(histories: Mapping[str, xr.Dataset]) -> pd.DataFrame:
@@ -37,18 +44,17 @@ def emergence_verdicts(norms: Mapping[str, xr.DataArray], backgrounds: Mapping[s
     rows = []
     for name, a in norms.items():
         found = outliers.judge_emergence(a, backgrounds[name])
-        middle, low, high = found.top1
         rows.append(
             {
                 "model": name,
                 "layer": f"{found.layer} of {found.depth}",
-                "top-1% ratio": f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+                "top-1% ratio": cell(found.top1),
                 "D": round(found.separation, 1),
                 "mode, %": round(100 * found.share, 1),
-                "emerged": report.norms._yes(found.emerged),
-                "background, %": report.norms._per_cent(found.background),
-                "rest, %": report.norms._per_cent(found.rest),
-                "artifact": report.norms._yes(found.artifact),
+                "emerged": yes(found.emerged),
+                "background, %": per_cent(found.background),
+                "rest, %": per_cent(found.rest),
+                "artifact": yes(found.artifact),
             }
         )
     return pd.DataFrame(rows)
@@ -78,7 +84,7 @@ def emergence(histories: Mapping[str, xr.Dataset]) -> pd.DataFrame:
 
 def pairs(names: Sequence[str]) -> dict[str, dict[str, xr.Dataset]]:
     """Histories of zoo models and of the same with four registers: names → {name: {label: history}}; absent ones are left out."""
-    partner, found = report.norms._four(names), {}
+    partner, found = _four(names), {}
     for name in names:
         logs = {"no registers": registry.history(name), "4 registers": registry.history(partner.get(name, ""))}
         there = {k: v for k, v in logs.items() if v is not None}
@@ -92,7 +98,7 @@ def zoo(names: Sequence[str]) -> pd.DataFrame:
 
     Linear scores are trained / untrained; a dash where a card has none.
     """
-    rows, partner = [], report.norms._four(names)
+    rows, partner = [], _four(names)
     for name in [full for n in names for full in (n, partner.get(n, ""))]:
         if name in registry.zoo():
             card = registry.card(name)

@@ -13,6 +13,7 @@ from vitregs import arrays
 from vitregs.data import published
 from vitregs.models.pairs import register_pairs
 from vitregs.probes import transfer
+from vitregs.report.format import cell
 from vitregs.report.style import PALETTE, axes_grid, note
 
 PAPER = {  # Table 2: column of ours → data set, quantity
@@ -32,8 +33,7 @@ def unit(metric: str) -> float:
 def _cell(interval: Iterable[float], metric: str, sign: str = "") -> str:
     """value, low, high → "value [low, high]" in the unit of the metric."""
     digits = 2 if unit(metric) == 1 else 1 if sign else 0
-    value, low, high = (unit(metric) * v for v in interval)
-    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return cell((unit(metric) * v for v in interval), digits, sign)
 
 
 def published_scores() -> pd.DataFrame:
@@ -194,7 +194,7 @@ def traces(
         layer = deep.median("image").idxmax()
         intervals["largest / median norm"] = arrays.bootstrap_interval(deep.sel(layer=layer), of=np.median)
         digits = {"largest / median norm": 2}
-        cells = {k: "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*v, d=digits.get(k, 0)) for k, v in intervals.items()}
+        cells = {k: cell(v, digits.get(k, 0)) for k, v in intervals.items()}
         rows[name] = {"registers": registers[name], **cells, "at layer": int(layer)}
     return pd.DataFrame(rows).T
 

@@ -119,7 +119,8 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
     unsure = "" if card.get("knn") is not None or "left_out" not in card else " Nor is there a k-NN score."
     return (
         f"# {recipe['name']}\n\n| | |\n|---|---|\n{table}\n\n"
-        f'Load it with `vitregs.load("{recipe["name"]}")`; train it again with {how}.{missing}{unsure}\n\n{settings}\n'
+        f'Load it with `vitregs.load` and the path of this folder; `vitregs.load("{recipe["name"]}")` does if it is in the '
+        f"zoo. Train it again with {how}.{missing}{unsure}\n\n{settings}\n"
     )
 
 

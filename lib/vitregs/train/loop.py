@@ -267,9 +267,10 @@ def line(recipe: Recipe, records: list[dict[str, Any]], used: float = math.nan) 
     """Say how a run stands, in one line: recipe, records, utilisation → text."""
     now = records[-1]
     strongest = max(range(1, len(now["top1"])), key=now["top1"].__getitem__)
-    scores = "".join(f"  {k} {now[k]:.3f}" for k in ("accuracy", "knn") if now[k] == now[k])
+    known = {"loss": 4, "accuracy": 3, "knn": 3}  # digits; there is no loss before the first step
+    scores = "".join(f"  {k} {now[k]:.{digits}f}" for k, digits in known.items() if now[k] == now[k])
     text = (
-        f"{recipe.name} step {now['step']}/{recipe.steps}  loss {now['loss']:.4f}{scores}  "
+        f"{recipe.name} step {now['step']}/{recipe.steps}{scores}  "
         f"top-1% ratio {now['top1'][strongest]:.2f} (layer {strongest})"
     )
     if len(records) < 2:
