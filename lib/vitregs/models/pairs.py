@@ -31,6 +31,17 @@ def register_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     ]
 
 
+def comparable(first: str, names: Iterable[str]) -> list[str]:
+    """Networks that differ from the first in registers and seed alone: a name, names → those of them, without the first.
+
+    Example:
+        >>> comparable("clip-pico", ["clip-pico-reg4", "clip-pico-seed1", "mae-pico-reg4"])
+        ['clip-pico-reg4', 'clip-pico-seed1']
+    """
+    facts = {name: {k: v for k, v in _facts(name)[1].items() if k != "seed"} for name in (first, *names)}
+    return [name for name in facts if name != first and _agree(facts[first], facts[name])]
+
+
 def _facts(name: str) -> tuple[int, dict[str, Any]]:
     """Number of registers, and all else that a partner must share."""
     if name in registry.zoo():

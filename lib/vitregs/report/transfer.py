@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from vitregs import arrays
 from vitregs.data import published
-from vitregs.models.pairs import register_pairs
+from vitregs.models.pairs import comparable, register_pairs
 from vitregs.probes import transfer
 from vitregs.report.format import cell
 from vitregs.report.style import PALETTE, axes_grid, note
@@ -157,13 +157,13 @@ def curves(found: Mapping[str, xr.Dataset], metrics: Mapping[str, str]) -> pd.Da
 
 
 def against_none(found: Mapping[str, xr.Dataset], metrics: Iterable[str]) -> pd.DataFrame:
-    """Differences to the first model, which has no registers: {model: Dataset[metric]}, metrics → a row a model, with paired 95 %
-    intervals over images; empty with fewer than two models."""
-    names = list(found)
+    """Differences to the first model, which has no registers: {model: Dataset[metric]}, metrics → a row for each that
+    differs from it in registers and seed alone, with paired 95 % intervals over images; empty without any."""
+    first = next(iter(found))
     rows = {}
-    for name in names[1:]:
-        there = [m for m in metrics if m in found[name]["metric"].values and m in found[names[0]]["metric"].values]
-        gaps = {m: _cell(transfer.difference(found[names[0]], found[name], m), m, "+") for m in there}
+    for name in comparable(first, found):
+        there = [m for m in metrics if m in found[name]["metric"].values and m in found[first]["metric"].values]
+        gaps = {m: _cell(transfer.difference(found[first], found[name], m), m, "+") for m in there}
         rows[name] = {"registers": int(found[name]["registers"]), **gaps}
     return pd.DataFrame(rows).T
 
