@@ -22,7 +22,7 @@ ORDER = (
     ("models",),
     ("measure",),
     ("probes",),
-    ("train", "remedies"),
+    ("train",),
     ("claims",),
     ("report",),
     ("book",),
