@@ -43,12 +43,13 @@ build/html/index.html: $(EXECUTED) $(shell find data/results -type f) $(shell fi
 	@touch -r build/begun build/jb/_build/html/index.html
 	@if [ -d build/html ]; then mv build/html build/old; fi && mv build/jb/_build/html build/html && rm -rf build/old
 
+# Two workers of one thread each, as for chapters.
 test: lint book
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # And what `test` leaves out for time: every chapter under nbval, more simulated draws, every arithmetic.
 nightly: lint book
-	VITREGS_NIGHTLY=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	VITREGS_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 	@$(MAKE) --no-print-directory portable
 
 # Every chapter under every arithmetic this machine can do; name some: make portable SETTINGS=default-1 WANTED="05 06"
