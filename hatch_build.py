@@ -4,7 +4,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-CARRIED = ("data/paper", "data/results", "data/zoo", "notebooks")
+CARRIED = ("data/neurons", "data/paper", "data/results", "data/zoo", "notebooks")
 
 
 class Files(BuildHookInterface):

@@ -1,6 +1,6 @@
-"""What happens inside a ViT: token norms, token states, attention rows, queries, keys and values, in one pass.
+"""What happens inside a ViT: token norms and states, attention rows, queries, keys, values and neurons, in one pass.
 
-The only file with hooks. The images are read once and the network runs once a batch; reductions run inside the hooks,
+The only file with hooks that watch. The images are read once and the network runs once a batch; reductions run inside the hooks,
 so that no full state or attention map outlives its layer. Fused attention stays on, and only the query rows asked for
 are computed again. Layer 0 is the input of block 1, layer L the output of the last block, before the final norm. Torch
 ends here: what leaves is labelled.
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from vitregs.arrays import KINDS, token_coords
 from vitregs.data.images import Batch, open_images
 from vitregs.errors import InputError, unknown
+from vitregs.models import test_time
 from vitregs.models.backbone import Backbone
 
 Reduce = Callable[[Tensor], None]
@@ -62,6 +63,24 @@ def tap(net: nn.Module, sites: Mapping[int, Reduce]) -> Iterator[None]:
                 hooks.append(blocks[0].register_forward_pre_hook(lambda _m, x, f=reduce: f(x[0])))
             else:
                 hooks.append(blocks[layer - 1].register_forward_hook(lambda _m, _x, y, f=reduce: f(y)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def tap_neurons(backbone: Backbone, sites: Mapping[int, Reduce]) -> Iterator[None]:
+    """Watch MLP neurons while the net runs: what enters the output projection of a block's MLP, behind the activation.
+
+    Takes the network and {number of a block, from 1: function of the activations (n, tokens, neurons)}. What a function
+    keeps it must not change. The hooks come off however the block ends. Raises InputError for an MLP of unknown form.
+    """
+    places = {block: test_time.projection(backbone, block) for block in sites}
+    hooks: list[Any] = []
+    try:
+        for block, reduce in sites.items():
+            hooks.append(places[block].register_forward_pre_hook(lambda _m, x, f=reduce: f(x[0])))
         yield
     finally:
         for hook in hooks:
@@ -233,6 +252,7 @@ class _Plan:
     received: bool | Sequence[int] = False
     queries: int | None = None
     embeddings: bool = False
+    neurons: Mapping[int, Sequence[int]] | None = None
     final_norm: bool = False
     kinds: str | Iterable[str] | None = None
     partial: bool = False
@@ -271,10 +291,14 @@ class _Plan:
             "qkv": layers(self.qkv_layers if self.projections else None, 1),
             "received": layers(self.received, 1),
         }
-        if not self.embeddings and not any(self.sites.values()):
-            raise InputError("nothing is asked for: name norms, tokens, attention, qkv, received or embeddings")
+        self.units = {int(b): [int(j) for j in n] for b, n in (self.neurons or {}).items() if len(n)}
+        test_time.check_neurons(self.backbone, self.units)
+        if not self.embeddings and not self.units and not any(self.sites.values()):
+            raise InputError(
+                "nothing is asked for: name norms, tokens, attention, qkv, received, embeddings or neurons"
+            )
         self.watched = {n for k in ("attention", "qkv", "received") for n in self.sites[k]}
-        self.deepest = max([0, *(n for chosen in self.sites.values() for n in chosen)])
+        self.deepest = max([0, *self.units, *(n for chosen in self.sites.values() for n in chosen)])
 
 
 # --- one pass
@@ -305,6 +329,15 @@ class _Pass:
             if layer in plan.sites["tokens"]:
                 whole = state if norm is None else norm(state)
                 self.found["tokens", layer] = whole[:, self.keep].to(torch.float32, copy=True)
+
+        return reduce
+
+    def fire(self, block: int) -> Reduce:
+        """What is taken of the neurons of a block."""
+        numbers = self.plan.units[block]
+
+        def reduce(activations: Tensor) -> None:
+            self.found["neurons", block] = activations[:, self.keep][..., numbers].float()
 
         return reduce
 
@@ -344,8 +377,9 @@ class _Pass:
             sites[plan.deepest] = _then_stop(sites.get(plan.deepest))
         net: Any = backbone.net
         watch = _Attention(net, self.look) if plan.watched else nullcontext()
+        fire = tap_neurons(backbone, {b: self.fire(b) for b in plan.units})
         short = torch.autocast(x.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
-        with torch.no_grad(), suppress(_Enough), self.embedding(), tap(net, sites), watch, short:
+        with torch.no_grad(), suppress(_Enough), self.embedding(), tap(net, sites), fire, watch, short:
             net.forward_features(x.to(next(net.parameters()).dtype))
         self.judge()
         return self.label(len(x), grid)
@@ -426,6 +460,11 @@ class _Pass:
             values = self.found["embeddings", 0].reshape(count, grid[0] * grid[1], -1)
             whole = F.pad(_check(values, plan.backbone), (0, 0, plan.backbone.prefix, 0), value=torch.nan)
             data["embeddings"] = (("image", "token", "channel"), whole[:, self.keep].cpu().numpy())
+        if plan.units:
+            values = torch.cat([self.found["neurons", b] for b in plan.units], -1)
+            data["neurons"] = (("image", "token", "neuron"), _check(values, plan.backbone).cpu().numpy())
+            pairs = [(b, j) for b, numbers in plan.units.items() for j in numbers]
+            coords |= {"neuron": [f"{b}:{j}" for b, j in pairs], "block": ("neuron", [b for b, _ in pairs])}
         if plan.sites["received"]:
             data |= self.received(count, plan.backbone.prefix + grid[0] * grid[1])
             coords["received_layer"] = plan.sites["received"]
@@ -579,6 +618,7 @@ def capture(
     received: bool | Sequence[int] = False,
     queries: int | None = None,
     embeddings: bool = False,
+    neurons: Mapping[int, Sequence[int]] | None = None,
     final_norm: bool = False,
     kinds: str | Iterable[str] | None = None,
     partial: bool = False,
@@ -609,6 +649,8 @@ def capture(
         queries: How many random queries of each image `received` is estimated from; None, or as many as there are tokens,
             for all of them.
         embeddings: Whether to keep patch embeddings before positions are added (Fig 5a); nan for other tokens.
+        neurons: Number of a block, from 1 → numbers of its MLP neurons, from 0, whose activations are kept: what enters the
+            output projection, behind the activation function and, in a gated MLP, the product.
         final_norm: Whether the final norm is applied to `tokens`.
         kinds: Kinds of tokens that are kept along `token`, all by default.
         partial: Whether blocks whose attention cannot be watched are left out (nan in `received`) and named in the
@@ -623,7 +665,8 @@ def capture(
         norms [image, layer, token], tokens [image, tokens_layer, token, channel], attention [image, attention_layer, head,
         query, token], kinds of queries before places; qkv [image, qkv_layer, projection, token, qkv_channel], received
         [image, received_layer, token] and sink [image, received_layer], the largest on a patch, both in fair shares and,
-        if estimated, with standard errors received_error and sink_error; embeddings [image, token, channel].
+        if estimated, with standard errors received_error and sink_error; embeddings [image, token, channel]; neurons
+        [image, token, neuron], named "block:number".
 
     Raises:
         InputError: For layers, tokens or names that do not exist, no images, values that are not finite, blocks whose
@@ -733,5 +776,6 @@ __all__ = [
     "rows",
     "stream",
     "tap",
+    "tap_neurons",
     "tokens",
 ]

@@ -23,6 +23,7 @@ from vitregs.cache import file_hash, load_dataset
 from vitregs.data.preparation import Preparation
 from vitregs.errors import InputError, unknown
 from vitregs.hub import hub
+from vitregs.models import test_time
 from vitregs.models.backbone import FACTS, Backbone, Facts
 from vitregs.models.weights import Convert, files, fill, patch_size, position_grid, read
 
@@ -93,7 +94,11 @@ def _is_training(path: Path | None) -> bool:
 
 
 def absolute(name: str) -> str:
-    """Make a model's name hold in every folder: the paths of NAME@FILE and of training folders become absolute."""
+    """Make a model's name hold in every folder: the paths in NAME@FILE, NAME+tt1:FILE and of training folders become absolute."""
+    network, ending = test_time.split(name)
+    if ending:
+        how, colon, file = ending.partition(":")
+        return f"{absolute(network)}{how}{colon}{Path(file).expanduser().resolve() if file else ''}"
     bare, path = split(name)
     if path is None:
         return name
@@ -103,8 +108,14 @@ def absolute(name: str) -> str:
 def check(name: str) -> None:
     """Raise InputError unless `load` knows the name and it belongs to a ViT; nothing is loaded.
 
-    Names are those of `zoo` and of timm with or without a tag, NAME@FILE for weights from a file, and training folders.
+    Names are those of `zoo` and of timm with or without a tag, NAME@FILE for weights from a file, and training folders;
+    each may end in "+tt1", "+zero8" and what else `test_time.apply` knows.
     """
+    network, ending = test_time.split(name)
+    if ending:
+        check(network)
+        test_time.check_ending(network, ending)
+        return
     name, path = split(name)
     if name in zoo() or _is_training(path):
         return
@@ -180,7 +191,8 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "auto") 
 
     Args:
         name: A name of this book's networks or of timm (`vitregs models` lists both), `NAME@FILE` for timm's network with
-            weights from a file, or a folder that `vitregs train` wrote.
+            weights from a file, or a folder that `vitregs train` wrote. An ending changes the network: "+tt1" is with a
+            test-time register, "+zero8" with 8 tokens of zeros (`models.test_time.apply`).
         weights: A file, an index of shards or a folder with weights, in place of the published ones.
         device: "auto", "cpu", "cuda", …
 
@@ -201,6 +213,9 @@ def load(name: str, *, weights: str | Path | None = None, device: str = "auto") 
     if not isinstance(name, str):
         raise InputError(f"a model is loaded by its name, not by {type(name).__name__}")
     check(name)
+    network, ending = test_time.split(name)
+    if ending:
+        return test_time.apply(load(network, weights=weights, device=device), network, ending)
     target = pick_device(device)
     bare, path = split(name)
     given = None if weights is None else Path(weights).expanduser()
