@@ -155,6 +155,7 @@ def diagnose(
     device: Annotated[str, Parameter(help="auto, cpu, cuda, …")] = "auto",
     batch: Annotated[int, _number("images at a time", 1)] = 16,
     precision: Annotated[str, Parameter(help="float32, or bfloat16 (faster where the processor has it)")] = "float32",
+    quick: Annotated[bool, _flag("norms, place and attention only: no neurons, nothing suppressed")] = False,
     exact: Annotated[
         bool, _flag("attention sinks from all queries, not from a random few: several times slower")
     ] = False,
@@ -186,7 +187,7 @@ def diagnose(
         full_scale=full_scale,
     )
     queries = None if exact else capture.QUERIES
-    found = diagnose(backbone, source, cut=cutoff, queries=queries, batch=batch, precision=precision)
+    found = diagnose(backbone, source, cut=cutoff, quick=quick, queries=queries, batch=batch, precision=precision)
     print(json.dumps(found.facts(), indent=1) if as_json else found.text(), flush=True)
     if cutoff is not None:
         low = found.layers.loc[found.layers["median"] > cutoff, "layer"].tolist()

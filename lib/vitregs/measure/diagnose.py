@@ -1,5 +1,6 @@
-"""Does my ViT have artifacts? Evidence at every layer, and a verdict that can be "none" or "inconclusive"."""
+"""Does my ViT have artifacts? Evidence at every layer, the fingerprint, and a verdict that can be "none" or "content"."""
 
+import textwrap
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
@@ -10,12 +11,15 @@ import xarray as xr
 from torch import Tensor
 
 from vitregs import arrays
-from vitregs.measure import outliers
+from vitregs.errors import InputError
+from vitregs.measure import fingerprint, neurons, outliers
+from vitregs.measure.fingerprint import Fingerprint
 from vitregs.models import capture
 from vitregs.models.backbone import Backbone
 
 _SHOWN = 3  # images in the plot
 _EXACT = "exact"
+SEARCHED = 256  # images that register neurons are looked for in, at most
 
 
 @dataclass(repr=False)
@@ -28,12 +32,11 @@ class Diagnosis:
         images: Their source.
         image_count: How many were measured.
         size: (height, width) of an image in pixels.
-        verdict: "artifacts", "none" or "inconclusive".
-        layer: The layer with the strongest evidence.
-        evidence: Why, in words.
+        fingerprint: The verdict, its layer, and the parts of the evidence.
         rule: What decided on a cut-off, in words.
         layers: A row for each layer, as `facts` describes it.
         skipped: Names of images that could not be decoded.
+        searched: What `neurons.search` found, None where neurons were not looked for.
         norms: [image, layer, token], L2 over channels.
         shown: The first images, (n, height, width, 3) in [0, 1].
         attention: Their mean CLS attention (n, rows, columns), None without a CLS token.
@@ -46,17 +49,31 @@ class Diagnosis:
     images: str
     image_count: int
     size: tuple[int, int]
-    verdict: str
-    layer: int
-    evidence: str
+    fingerprint: Fingerprint
     rule: str
     layers: pd.DataFrame
     skipped: list[str] = field(default_factory=list)
+    searched: xr.Dataset | None = None
     norms: xr.DataArray | None = None
     shown: np.ndarray | None = None
     attention: np.ndarray | None = None
     sinks: str = _EXACT
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """ "artifacts", "content", "none" or "inconclusive"."""
+        return self.fingerprint.verdict
+
+    @property
+    def layer(self) -> int:
+        """The layer with the strongest mode."""
+        return self.fingerprint.layer
+
+    @property
+    def evidence(self) -> str:
+        """Why, in words."""
+        return self.fingerprint.sentence
 
     def __repr__(self) -> str:
         """The report, as a terminal shows it."""
@@ -66,8 +83,9 @@ class Diagnosis:
         """The report, as a notebook shows it: verdict, evidence, and a table of layers to unfold."""
         below = "<br>".join(escape(line) for line in self._legend())
         return (
-            f"<p><strong>{escape(self.verdict)}</strong> (layer {self.layer}): {escape(self.evidence)}</p>"
+            f"<p><strong>{escape(self.fingerprint.word)}</strong> (layer {self.layer}): {escape(self.evidence)}</p>"
             f"<p>{escape(self._head())}</p>"
+            f"<table>{self._parts_html()}</table>"
             f"<details><summary>Every layer</summary>{self._table().to_html(index=False, border=0)}"
             f"<p><small>{below}</small></p></details>"
         )
@@ -80,9 +98,23 @@ class Diagnosis:
             norm; largest and top1, ratios to the median; cutoff, share, separation and ratio of the second mode; sink and
             sink_error in fair shares. None stands where a value is not known.
         """
-        plain = {k: v for k, v in asdict(self).items() if k not in ("layers", "norms", "shown", "attention")}
+        left_out = ("layers", "norms", "shown", "attention", "searched", "fingerprint")
+        plain = {k: v for k, v in asdict(self).items() if k not in left_out}
         rows = self.layers.astype(object).where(np.isfinite(self.layers), None)
-        return plain | {"layers": rows.to_dict("records")}
+        words = {"verdict": self.verdict, "layer": self.layer, "evidence": self.evidence}
+        return plain | words | {"fingerprint": self.fingerprint.facts(), "layers": rows.to_dict("records")}
+
+    def _parts(self) -> list[tuple[str, str, str]]:
+        """Name, answer and sentence of each part that was asked."""
+        return [(p.name, p.answer, p.sentence) for p in self.fingerprint.parts.values()]
+
+    def _parts_html(self) -> str:
+        return "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self._parts())
+
+    def _neurons(self) -> list[str]:
+        """The register neurons in a line."""
+        named = [f"{b}:{', '.join(map(str, numbers))}" for b, numbers in self.fingerprint.neurons.items()]
+        return [f"register neurons (block:numbers)  {'; '.join(named)}"] if named else []
 
     def _table(self) -> pd.DataFrame:
         """The table of layers in words, since pandas writes NaN without asking a formatter."""
@@ -133,8 +165,12 @@ class Diagnosis:
             Lines of text with a table of layers, what its columns mean, and the verdict.
         """
         table, legend = self._table().to_string(index=False), "\n".join(self._legend())
-        verdict = f"verdict: {self.verdict} (layer {self.layer}): {self.evidence}"
-        return f"{self._head()}\n\n{table}\n\n{legend}\n\n{verdict}"
+        parts = [
+            textwrap.fill(f"{name:<10} {answer:<9} {said}", 100, subsequent_indent=" " * 21)
+            for name, answer, said in self._parts()
+        ] + [textwrap.fill(line, 100, subsequent_indent=" " * 21) for line in self._neurons()]
+        verdict = f"verdict: {self.fingerprint.word} (layer {self.layer}): {self.evidence}"
+        return "\n\n".join([self._head(), table, legend, "\n".join(parts), textwrap.fill(verdict, 100)])
 
     def _of_sinks(self) -> str:
         """How the sinks were measured, with the largest error in the table."""
@@ -144,26 +180,126 @@ class Diagnosis:
         )
 
 
+@dataclass
+class _Seen:
+    """What the first pass gives, labelled, and what is shown of the first images."""
+
+    whole: xr.Dataset
+    shown: np.ndarray
+    maps: np.ndarray | None
+    background: np.ndarray | None
+
+
+def _look(backbone: Backbone, images: Any, queries: int | None, how: dict[str, Any]) -> _Seen:
+    """Read the images once: norms, patch embeddings, attention received and that of CLS at every layer."""
+    shown: list[np.ndarray] = []
+    maps: list[np.ndarray] = []
+    parts: list[xr.Dataset] = []
+    what: dict[str, Any] = {"norms": True, "received": True, "embeddings": True, "queries": queries, "partial": True}
+    if backbone.has_cls:
+        what |= {"attention": ["cls"], "attention_layers": range(1, backbone.depth + 1)}
+    for part, seen in capture.stream(backbone, images, kinds="patch", **what, **how):
+        if "attention" in seen:
+            seen["attention"] = seen["attention"].mean("head").isel(query=0)
+        if (left := _SHOWN - sum(map(len, shown))) > 0:
+            shown.append(part.pixels[:left].permute(0, 2, 3, 1).numpy().copy())
+            if "attention" in seen:
+                last = seen["attention"].isel(attention_layer=-1, image=slice(left))
+                maps.append(arrays.patch_maps(last).values)
+        parts.append(seen.drop_vars("received_error", errors="ignore"))
+    known = None if isinstance(images, Tensor) else images.background(backbone.grid(images.size))
+    return _Seen(capture.join(parts), np.concatenate(shown), np.concatenate(maps) if maps else None, known)
+
+
+def _judge(
+    backbone: Backbone, images: Any, seen: _Seen, layers: pd.DataFrame, quick: bool, how: dict[str, Any]
+) -> tuple[Fingerprint, xr.Dataset | None]:
+    """Ask the five questions: what the first pass gave, its layers → fingerprint, what was found of the neurons."""
+    norms = seen.whole["norms"].drop_vars("token")
+    parts = {"mode": fingerprint.mode(norms, layers)}
+    best = fingerprint.strongest_mode(layers)
+    deep = layers[layers.layer > 0]
+    layer = int((deep.loc[deep.largest.idxmax()] if best is None else best).layer)
+    found: xr.Dataset | None = None
+    chosen: dict[int, list[int]] = {}
+    if best is not None:
+        marked = norms.sel(layer=layer).transpose("image", "token").values > best.cutoff
+        cls = None
+        if "attention" in seen.whole:
+            tokens = backbone.prefix + marked.shape[1]
+            cls = seen.whole["attention"] * tokens  # in fair shares
+        parts["place"] = fingerprint.place(seen.whole["embeddings"], marked, seen.background)
+        parts["attention"] = fingerprint.attention(seen.whole["received"], cls, marked)
+        if not quick:
+            found, chosen = _mechanism(backbone, images, float(best.cutoff), layer, parts, how)
+    verdict, why = fingerprint.judge(parts)
+    return Fingerprint(verdict, layer, parts["mode"].value, why, parts, chosen), found
+
+
+def _mechanism(
+    backbone: Backbone, images: Any, cutoff: float, layer: int, parts: dict[str, fingerprint.Part], how: dict[str, Any]
+) -> tuple[xr.Dataset | None, dict[int, list[int]]]:
+    """Look for the neurons behind the mode, and suppress them."""
+    some = images[:SEARCHED] if isinstance(images, Tensor) else images
+    batch = {"batch": how["batch"]}
+    try:
+        found = neurons.search(backbone, some, cutoff=cutoff, layer=layer, precision=how["precision"], **batch)
+    except InputError as problem:
+        if "out of memory" in str(problem):
+            raise
+        for name in ("neurons", "cause"):
+            parts[name] = fingerprint.Part(name, "not measured", str(problem))
+        return None, {}
+    parts["neurons"] = fingerprint.neurons(found)
+    order, counts = fingerprint.suppressed_order(found)
+    if not order:
+        parts["cause"] = fingerprint.Part("cause", "not measured", "there are no register neurons to suppress")
+        return found, {}
+    left = neurons.suppression(backbone, some, neurons=order, counts=counts, cutoff=cutoff, layer=layer, **batch)
+    parts["cause"] = fingerprint.cause(left)
+    return found, neurons.by_block(order)
+
+
+def fingerprints(backbone: Backbone, images: Any, *, quick: bool = False, batch: int = 16) -> xr.Dataset:
+    """The fingerprint of a network as a Dataset that can be stored.
+
+    Args:
+        backbone: The network.
+        images: As `diagnose` takes them.
+        quick: Whether neurons and cause are left out.
+        batch: Images at a time.
+
+    Returns:
+        value, low, high and control of every part; verdict, strength, layer and sentences as attributes.
+
+    Raises:
+        InputError: As `diagnose` does.
+    """
+    return diagnose(backbone, images, quick=quick, batch=batch, progress=False).fingerprint.dataset()
+
+
 def diagnose(
     backbone: Backbone,
     images: Any,
     *,
     cut: float | None = None,
+    quick: bool = False,
     queries: int | None = capture.QUERIES,
     batch: int = 16,
     precision: str = "float32",
     progress: bool | None = None,
 ) -> Diagnosis:
-    """Look for artifacts, from one reading of the images and one forward pass.
+    """Look for artifacts: norms, place and attention from one forward pass, then neurons and cause where there is a mode.
 
-    The layer with the strongest evidence decides, since in small ViTs middle blocks show what the last one hides. The
-    attention sink of a layer is the mean over images of `sink` of `capture`; where the attention of a block cannot be
-    watched, it is nan and the report says why.
+    The layer with the strongest mode decides, since in small ViTs middle blocks show what the last one hides. Neurons take
+    another pass and cause two more; networks without a mode take one. The attention sink of a layer is the mean over images
+    of `sink` of `capture`; where the attention of a block cannot be watched, it is nan and the report says why.
 
     Args:
         backbone: The network.
         images: Open images, pixels (n, 3, height, width) in [0, 1], a folder or a data set's name, or a list of PIL images.
         cut: A fixed cut-off on norms instead of the statistical rule.
+        quick: Whether neurons and cause are left out.
         queries: Random queries of each image that attention sinks are estimated from; None for all, which takes several
             times as long.
         batch: Images at a time.
@@ -184,45 +320,34 @@ def diagnose(
     """
     images = capture.opened(backbone, images)
     pixels = isinstance(images, Tensor)
-    parts: list[xr.Dataset] = []
-    shown: list[np.ndarray] = []
-    maps: list[np.ndarray] = []
-    what: dict[str, Any] = {"norms": True, "received": True, "queries": queries, "partial": True}
-    if backbone.has_cls:
-        what["attention"] = ["cls"]
     how: dict[str, Any] = {"batch": batch, "precision": precision, "progress": progress}
-    for part, seen in capture.stream(backbone, images, **what, **how):
-        if (left := _SHOWN - sum(map(len, shown))) > 0:
-            shown.append(part.pixels[:left].permute(0, 2, 3, 1).numpy().copy())
-            if "attention" in seen:
-                rows = seen["attention"].isel(attention_layer=0, query=0, image=slice(left)).mean("head")
-                maps.append(arrays.patch_maps(rows).values)
-        parts.append(seen.drop_vars(["received", "received_error", "attention"], errors="ignore"))
-    joined = capture.join(parts)
-    norms = joined["norms"].drop_vars("token").rename("norm")
+    seen = _look(backbone, images, queries, how)
+    norms = seen.whole["norms"].drop_vars("token").rename("norm")
     layers = outliers.layer_evidence(norms, cut)
-    layers["sink"] = [np.nan, *joined["sink"].mean("image").values]  # of the block that reads this state's predecessor
+    layers["sink"] = [
+        np.nan,
+        *seen.whole["sink"].mean("image").values,
+    ]  # of the block that reads this state's predecessor
     layers["sink_error"] = np.nan
-    if "sink_error" in joined:  # of a mean over images
-        layers.loc[1:, "sink_error"] = np.sqrt((joined["sink_error"].values ** 2).sum(0)) / joined.sizes["image"]
-    word, layer, why = outliers.verdict(layers)
-    rule = "two modes in log norm" if cut is None else f"fixed at {cut:g}"
-    unwatched = joined.attrs.get("unwatched")
+    if "sink_error" in seen.whole:  # of a mean over images
+        error = np.sqrt((seen.whole["sink_error"].values ** 2).sum(0)) / seen.whole.sizes["image"]
+        layers.loc[1:, "sink_error"] = error
+    verdict, found = _judge(backbone, images, seen, layers, quick, how)
+    unwatched = seen.whole.attrs.get("unwatched")
     return Diagnosis(
         backbone.name,
         backbone.source,
         "a tensor" if pixels else images.name,
         int(norms.sizes["image"]),
         tuple(images.shape[-2:]) if pixels else images.size,
-        word,
-        layer,
-        why,
-        rule,
+        verdict,
+        "two modes in log norm" if cut is None else f"fixed at {cut:g}",
         layers,
         [] if pixels else list(images.skipped),
+        found,
         norms,
-        np.concatenate(shown),
-        np.concatenate(maps) if maps else None,
-        joined.attrs["received"] + (f"; unknown where it cannot be watched: {unwatched}" if unwatched else ""),
+        seen.shown,
+        seen.maps,
+        seen.whole.attrs["received"] + (f"; unknown where it cannot be watched: {unwatched}" if unwatched else ""),
         backbone.notes,
     )

@@ -1,4 +1,4 @@
-"""From token norms to outliers: ratios, cut-offs, marks, evidence at every layer, the verdict."""
+"""From token norms to outliers: ratios, cut-offs, marks, evidence at every layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import xarray as xr
 from vitregs import arrays
 from vitregs.errors import InputError
 from vitregs.measure import mixture, redundancy
-from vitregs.measure.mixture import LEAST_RATIO, Cutoff
+from vitregs.measure.mixture import Cutoff
 
 
 def largest_ratio(norms: xr.DataArray) -> xr.DataArray:
@@ -86,7 +86,7 @@ def layer_evidence(norms: xr.DataArray, fixed: float | None = None) -> pd.DataFr
     """Evidence for artifacts at every layer: [image, layer, token], a fixed cut-off if one is named → a row per layer.
 
     Columns: median norm, largest (median over images of largest / median), top1 (of top-1-% mean / median); and of the
-    second mode, if there is one: cutoff (nan if it is minor), share of tokens, separation, ratio to the median.
+    second mode, if there is one: cutoff, share of tokens, separation, ratio to the median.
     """
     rows = []
     large, top = largest_ratio(norms).median("image"), top_ratio(norms).median("image")
@@ -122,39 +122,6 @@ def strongest_layer(layers: pd.DataFrame) -> pd.Series:
 def has_emerged(row: Mapping[Any, Any] | pd.Series) -> bool:
     """Whether outliers have emerged, by the emergence rule: a row of `layer_evidence`'s table → bool."""
     return bool(row["top1"] >= EMERGED_TOP1 and row["separation"] >= EMERGED_SEPARATION)
-
-
-CERTAIN_RATIO = 4.0  # a second mode this far above the median norm is an artifact beyond doubt
-QUIET_RATIO = 4.0  # without a mode, and with largest / median below this everywhere, there is none
-
-
-def verdict(layers: pd.DataFrame) -> tuple[str, int, str]:
-    """Decide from `layer_evidence`'s table: → ("artifacts" | "none" | "inconclusive", layer of the strongest evidence, why).
-
-    The strongest layer decides, not the last: in small ViTs the middle blocks show what the last one hides.
-    """
-    # layer 0 is the patch embedding: bright or busy patches, not yet the network's doing
-    deep = layers[layers.layer > 0]
-    moded = deep[deep["cutoff"].notna() & (deep["share"] > 0)]
-    if len(moded):
-        best = moded.loc[moded.ratio.idxmax()]
-        held = f"{100 * best.share:.2f} % of the patch tokens"
-        text = (
-            f"an outlier mode {best.ratio:.1f} x the median norm holds {held} (separation {best.separation:.1f})"
-            if best.separation
-            else f"{held} lie above the named cut-off, typically at {best.ratio:.1f} x the median norm"
-        )
-        return ("artifacts" if best.ratio >= CERTAIN_RATIO else "inconclusive"), int(best.layer), text
-    best = deep.loc[deep.largest.idxmax()]
-    text = f"no outlier mode at any layer; the largest norm is {best.largest:.1f} x the median in a typical image"
-    minor = deep[deep.share > 0]
-    if len(minor):
-        row = minor.loc[minor.ratio.idxmax()]
-        text += (
-            f"; a minor mode at {row.ratio:.1f} x, under the {LEAST_RATIO} x that the rule asks for, "
-            f"holds {100 * row.share:.1f} % at layer {row.layer:.0f}"
-        )
-    return ("none" if best.largest < QUIET_RATIO else "inconclusive"), int(best.layer), text
 
 
 def mark_or_top(norms: xr.DataArray, cut: Cutoff, share: float) -> tuple[xr.DataArray, str]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -589,6 +590,50 @@ def stream(
             bar.update(len(part.pixels))
 
 
+def neuron_states(
+    backbone: Backbone,
+    images: Any,
+    *,
+    blocks: Sequence[int],
+    layer: int,
+    batch: int = 16,
+    precision: str = "float32",
+) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
+    """All MLP neurons of some blocks together with the states of a layer behind them, for sums over many images.
+
+    Args:
+        backbone: The network.
+        images: As `capture` takes them.
+        blocks: Numbers of blocks, from 1 to the layer.
+        layer: The layer whose states are wanted, behind these blocks.
+        batch: Images at a time.
+        precision: As in `capture`.
+
+    Yields:
+        For every batch, {block: activations (n, tokens, neurons)} and states (n, tokens, channels): the network's own
+        tensors, which hold until the next batch and must not be changed.
+
+    Raises:
+        InputError: As `capture` does.
+    """
+    held: dict[int, Tensor] = {}
+    end: list[Tensor] = []
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    sites = {layer: _then_stop(end.append)} if layer < backbone.depth else {layer: end.append}
+    for part in _batches(opened(backbone, images), batch):
+        with _enough_memory(len(part.pixels), part.pixels.shape[-2:]):
+            x = backbone.prepare(part.pixels)
+            net: Any = backbone.net
+            short = torch.autocast(x.device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+            keep: dict[int, Reduce] = {b: partial(held.__setitem__, b) for b in blocks}
+            watch = tap_neurons(backbone, keep)
+            with torch.no_grad(), suppress(_Enough), tap(net, sites), watch, short:
+                net.forward_features(x.to(next(net.parameters()).dtype))
+            yield held, _check(end.pop(), backbone)
+        held.clear()
+
+
 def join(parts: list[xr.Dataset]) -> xr.Dataset:
     """Put batches together along the images: what `stream` found, in order → Dataset. The list is emptied on the way, so
     that nothing lies in memory twice."""
@@ -768,6 +813,7 @@ __all__ = [
     "capture",
     "hooks",
     "join",
+    "neuron_states",
     "norms",
     "opened",
     "patch_embeddings",
