@@ -33,6 +33,7 @@ build/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | $(VENV)/ready
 
 # Built aside and moved into place when whole, dated as of its beginning: what changes meanwhile is built next time.
 build/html/index.html: $(EXECUTED) $(shell find data/results -type f) $(shell find book -type f -not -name '*.pyc') | $(VENV)/ready
+	@$(BIN)/vitregs scoreboard --boxes build/notebooks
 	@rm -rf build/source build/jb build/old && mkdir -p build/source && touch build/begun
 	@cp -r book build/source/book && cp -r build/notebooks build/source/notebooks
 	@cp data/results/LOG.md build/source/book/log.md
@@ -61,11 +62,13 @@ lint: environment
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Stored results name the commit they come from, so nothing that they depend on may differ from it.
+# Stored results name the commit they come from, so nothing that they depend on may differ from it. Verdicts rest on the results
+# of several chapters, so the boxes that show them are filled when all are stored.
 notebooks: environment
 	@changed=$$(git status --porcelain -- lib notebooks data) || { echo "make notebooks needs the git repository of the book"; exit 1; }; \
 	test -z "$$changed" || { echo "Commit or stash first: stored results must come from a committed state, and these differ:" $$changed; exit 1; }
 	@for chapter in $(CHAPTERS); do echo "Refreshing $$chapter"; $(BIN)/vitregs run $$chapter --out notebooks/$$chapter.ipynb --results data/results || exit 1; done
+	@$(BIN)/vitregs scoreboard --boxes notebooks
 
 benchmarks: environment
 	$(BIN)/python -m tests.benchmarks

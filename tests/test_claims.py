@@ -1,5 +1,6 @@
 """The ledger of claims: complete, readable, and judged by its rules; evidence on planted arrays."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 import xarray as xr
 
 from vitregs import arrays, cache, cli, paths
-from vitregs.book import parameters
-from vitregs.claims import ledger, measures, scoreboard
-from vitregs.claims.ledger import MEASURES, NEEDS, VERDICTS, Claim
-from vitregs.claims.measures import Measured
+from vitregs.book import chapter, parameters
+from vitregs.claims import eligible, ledger, measures, scoreboard
+from vitregs.claims.ledger import MEASURES, NEEDS, VERDICTS, Claim, Judgement
+from vitregs.claims.measures import Condition, Measured
 from vitregs.data import images
 from vitregs.errors import InputError
+from vitregs.models import registry
+from vitregs.train import evaluation, loop
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,12 @@ def board() -> pd.DataFrame:
 
 
 def claim(**changes: str) -> Claim:
-    facts = dict.fromkeys(Claim.__dataclass_fields__, "") | {"id": "x", "measure": "planted", "rule": "low > 0"}
+    facts = dict.fromkeys(Claim.__dataclass_fields__, "") | {
+        "id": "x",
+        "measure": "planted",
+        "rule": "low > 0",
+        "ruled": "before",
+    }
     return Claim(**(facts | changes))
 
 
@@ -63,49 +71,161 @@ def test_tensions_of_the_paper_are_rows(board: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "holds"),
+    ("rule", "ends", "holds"),
     [
-        ("low > 0", True),
-        ("high < 3", False),
-        ("value >= 2", True),
-        ("value >= 2 and high < 3.5", True),
-        ("value >= 2 and low > 1.5", False),
-        ("low > -1", True),
+        ("low > 0", (1, 3), True),
+        ("low > 0", (-1, 3), None),
+        ("low > 0", (-3, 0), False),
+        ("high < 0", (-3, -1), True),
+        ("high < 0", (-3, 1), None),
+        ("high < 0", (0, 2), False),
+        ("value >= 2", (2, 3), True),  # a rule on a value with an interval is decided by the interval
+        ("value >= 2", (1, 3), None),
+        ("value >= 2", (1, 1.9), False),
+        ("value >= 2 and value < 9", (3, 8), True),
+        ("value >= 2 and value < 9", (3, 10), None),
+        ("value >= 2 and value < 9", (9, 10), False),
+        ("low > -6 and high > 0", (-8, 3), None),  # Table 5 as the zoo has it
+        ("low > -6 and high > 0", (-5, 3), True),
+        ("low > -6 and high > 0", (-5, -1), False),
+        ("high > 0", (-5, 3), True),  # it may be above: an interval always tells
+        ("low < 0", (1, 3), False),
+        ("value > 1", (2, 2), True),  # exact numbers leave nothing open
+        ("value > 1", (1, 1), False),
+        ("value >= 1", (1, 1), True),
     ],
 )
-def test_rules_are_read(rule: str, holds: bool) -> None:
-    assert ledger.holds(rule, Measured(2.0, 1.0, 3.0, 9, "")) == holds
+def test_rules_are_decided_by_the_whole_interval(rule: str, ends: tuple[float, float], holds: bool | None) -> None:
+    assert ledger.decide(rule, Measured(sum(ends) / 2, *ends, 9, "")) is holds
+
+
+@pytest.mark.parametrize("sign", [">", ">=", "<", "<="])
+@pytest.mark.parametrize("end", ["value", "low", "high"])
+def test_a_rule_and_its_opposite_never_hold_together(end: str, sign: str) -> None:
+    """Mirrored on zero, a rule on the near end or the value has the mirrored answer, and no answer if the interval holds both."""
+    mirror = {">": "<", "<": ">", ">=": "<=", "<=": ">="}
+    other = {"value": "value", "low": "high", "high": "low"}[end]
+    for low, high in ((-3, -1), (-1, 2), (1, 3)):
+        one = ledger.decide(f"{end} {sign} 0", Measured((low + high) / 2, low, high, 9, ""))
+        two = ledger.decide(f"{other} {mirror[sign]} 0", Measured(-(low + high) / 2, -high, -low, 9, ""))
+        assert one is two
 
 
 @pytest.mark.parametrize("rule", ["", "mean > 0", "value == 1", "low > 0 or high < 1", "__import__('os')"])
 def test_other_rules_are_mistakes(rule: str) -> None:
     with pytest.raises(InputError, match="cannot read the rule"):
-        ledger.holds(rule, Measured(0, 0, 0, 1, ""))
+        ledger.decide(rule, Measured(0, 0, 0, 1, ""))
 
 
 def test_verdicts_follow_from_measure_rule_and_condition(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(MEASURES, "planted", lambda _: Measured(1, 0.5, 2, 9, "things"))
-    monkeypatch.setitem(NEEDS, "never", lambda _: False)
-    monkeypatch.setitem(NEEDS, "always", lambda _: True)
-    assert ledger.judge(claim(), tmp_path)[1] == "reproduced"
-    assert ledger.judge(claim(rule="high < 1"), tmp_path)[1] == "not reproduced"
-    assert ledger.judge(claim(needs="always"), tmp_path)[1] == "reproduced"
-    assert ledger.judge(claim(needs="never"), tmp_path)[1] == "not testable at this scale"
-    assert ledger.judge(claim(measure=""), tmp_path) == (None, "not testable at this scale")
+    monkeypatch.setitem(NEEDS, "never", lambda *_: Condition(False, "for a reason"))
+    monkeypatch.setitem(NEEDS, "always", lambda *_: Condition(True))
+    for changes, verdict in (
+        ({}, "reproduced"),
+        ({"rule": "high < 1"}, "inconclusive"),
+        ({"rule": "high < 0"}, "not reproduced"),
+        ({"needs": "always"}, "reproduced"),
+        ({"needs": "never"}, "not testable here"),
+        ({"measure": ""}, "not testable here"),
+    ):
+        assert ledger.judge(claim(**changes), tmp_path).verdict == verdict
+    assert ledger.judge(claim(needs="never"), tmp_path).why == "for a reason"
+    assert ledger.judge(claim(measure="", scale="elsewhere"), tmp_path) == Judgement(None, VERDICTS[4], "elsewhere")
 
 
-def test_a_measure_of_nothing_does_not_pass() -> None:
-    """nan satisfies no rule, whichever way it points."""
+def test_a_weak_artifact_makes_a_mild_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The strength is the fingerprint's, or the measure's own; the condition needs a fingerprint that says "artifacts"."""
+
+    def planted(strength: float | None = None) -> None:
+        found = Measured(1, 0.5, 2, 9, "things", ("vit", "vit+tt1"), strength)
+        monkeypatch.setitem(MEASURES, "planted", lambda _: found)
+
+    def fingerprint(network: str, verdict: str, strength: float) -> None:
+        data = xr.Dataset(attrs={"verdict": verdict, "strength": strength})
+        cache.save_dataset(data, tmp_path / "published" / network / "fingerprint.nc")
+
+    planted()
+    asked = claim(needs="artifact")
+    assert ledger.judge(asked, tmp_path).verdict == "not testable here"
+    assert ledger.judge(asked, tmp_path).why == "no artifact by a stored fingerprint: vit, vit+tt1"
+    fingerprint("vit+tt1", "none", 1.0)
+    for verdict in ("content", "none", "inconclusive"):
+        fingerprint("vit", verdict, 9.0)
+        assert ledger.judge(asked, tmp_path).verdict == "not testable here"
+    for strength, expected in ((2.0, "reproduced, mild"), (3.99, "reproduced, mild"), (4.0, "reproduced")):
+        fingerprint("vit", "artifacts", strength)
+        assert measures.artifact(tmp_path, "vit") == (True, strength)
+        assert ledger.judge(asked, tmp_path).verdict == expected
+    assert ledger.judge(claim(), tmp_path).verdict == "reproduced"
+    planted(2.0)
+    assert ledger.judge(claim(), tmp_path).verdict == "reproduced, mild"
+    assert ledger.judge(claim(needs="artifact", rule="high < 0"), tmp_path).verdict == "not reproduced"
+    fingerprint("vit", "artefacts", 2.0)
+    with pytest.raises(InputError, match="is no fingerprint: its verdict is 'artefacts'"):
+        ledger.judge(asked, tmp_path)
+
+
+def test_networks_that_have_learned_nothing_decide_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whichever arrays a measure reads, it rests on their networks."""
+    keep(tmp_path, "x", "y", "dino-pico", xr.DataArray([1.0]))
+    keep(tmp_path, "x", "y", "clip-pico", xr.DataArray([1.0]))
+
+    def rests_on(*names: str) -> ledger.Judgement:
+        def planted(folder: Path) -> Measured:
+            return measures.mean(sum(measures.read(folder, "x", "y", n)["value"].values for n in names), "both")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(measures, "MEASURES", MEASURES)
+            patch.setitem(MEASURES, "planted", measures.measure(planted))
+            try:
+                return ledger.judge(claim(), tmp_path)
+            finally:
+                MEASURES.pop("planted")
+
+    assert rests_on("clip-pico").verdict == "reproduced"
+    assert rests_on("clip-pico").found.networks == ("clip-pico",)  # type: ignore[union-attr]
+    assert rests_on("clip-pico", "dino-pico").verdict == "not testable here"
+    assert rests_on("dino-pico").why == "dino-pico clears its untrained twin in 1 of 3 scores"
+
+
+def test_who_is_barred_follows_from_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    barred = {n for n in registry.zoo() if eligible.barred(n)}
+    assert {"dino-pico", "dinov2-pico", "tinyimagenet-pico"} <= barred
+    assert not {"supervised-pico", "clip-pico", "hunt-pico"} & barred
+    assert eligible.barred("deit_tiny_patch16_224") == ""
+    assert eligible.IMAGES["accuracy"] == (loop.SCORED, loop.QUERIES)
+    assert eligible.IMAGES["knn"] == (loop.QUERIES, loop.QUERIES)
+    assert evaluation.PROBED // 3 == eligible.LINEAR
+    card = registry.card("dino-pico")
+    better = card | {"linear": {"colour": 0.6, "shape": 0.3}}  # two of three
+    monkeypatch.setattr(eligible.registry, "card", lambda _: better)
+    assert eligible.barred.__wrapped__("dino-pico") == ""
+    monkeypatch.setattr(eligible.registry, "card", lambda _: card | {"linear": {"colour": 0.34, "shape": 0.22}})
+    assert eligible.barred.__wrapped__("dino-pico").endswith("in 0 of 3 scores")
+
+
+def test_the_difference_of_two_shares_has_newcombes_interval() -> None:
+    """The example of Newcombe (1998, table II, method 10): 56 of 70 against 48 of 80."""
+    assert eligible.difference(56 / 70, 48 / 80, 70, 80) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+
+
+def test_a_measure_of_nothing_does_not_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """nan satisfies no rule, whichever way it points, and no opposite."""
     nothing = Measured(np.nan, np.nan, np.nan, 0, "")
-    assert not any(ledger.holds(r, nothing) for r in ("low > 0", "high < 0", "value >= 0", "value <= 0"))
+    rules = ("low > 0", "high < 0", "value >= 0", "value <= 0", "high > 0")
+    assert [ledger.decide(r, nothing) for r in rules] == [None] * 5
+    monkeypatch.setitem(MEASURES, "planted", lambda _: nothing)
+    assert ledger.judge(claim(), tmp_path).verdict == "not testable here"
 
 
 def test_unknown_names_in_the_ledger_are_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = dict.fromkeys(Claim.__dataclass_fields__, "x")
+    row = dict.fromkeys(Claim.__dataclass_fields__, "x") | {"ruled": "after"}
     for change, message in (
         ({"measure": "any_mod"}, "unknown measure of claim x 'any_mod': did you mean 'any_mode'"),
         ({"measure": "any_mode", "needs": "modes"}, "unknown condition of claim x 'modes': did you mean 'mode'"),
         ({"measure": "any_mode", "needs": "mode", "rule": "big"}, "cannot read the rule 'big'"),
+        ({"measure": "any_mode", "needs": "mode", "ruled": "afte"}, "unknown time of the rule .* did you mean 'after'"),
     ):
         monkeypatch.setattr(ledger.published, "table", lambda _, c=change: pd.DataFrame([row | c]))
         with pytest.raises(InputError, match=message):
@@ -124,7 +244,12 @@ def test_the_scoreboard_is_shown(
     assert set(board["verdict"]) <= set(VERDICTS)
     page = scoreboard.page(board)
     assert page.startswith("# Scoreboard\n")
-    assert page.count("* - ") == len(board) + 1
+    chapters = board["chapter"].nunique()
+    assert page.count("* - ") == len(board) + chapters  # a head for each
+    assert page.count("\n## Chapter ") == chapters
+    assert all(f"`{label}`" in page or f"table <{label}>`" in page for label in board["figure"])
+    written = board["ruled"].value_counts()
+    assert f"{written['after']} of these rules were written *after*" in page
     assert all(
         (parameters.NOTEBOOKS / f"{name}.ipynb").exists() for name in re.findall(r"notebooks/(\w+)\.ipynb", page)
     )
@@ -195,13 +320,13 @@ def test_planted_outliers_are_a_mode_and_an_artifact_only_on_the_background(tmp_
             chapter = "03_when_outliers_appear" if model.startswith("hunt") else "07_registers"
             chosen = planted if model in ("clip-pico", "hunt-pico") else plain
             keep(tmp_path, chapter, "norms", model, xr.Dataset({"value": chosen, "background": truth}))
-        assert measures.has_mode(tmp_path)
+        assert measures.has_mode(tmp_path, measures.any_mode(tmp_path)).met
         assert measures.any_mode(tmp_path).value == pytest.approx(100 * place.mean(), rel=0.05)
         assert measures.any_mode(tmp_path).n == 48
         assert measures.largest_mode(tmp_path).value == pytest.approx(10, rel=0.1)
-        assert measures.has_artifacts(tmp_path) == on_background
         assert measures.placed(tmp_path)["clip-pico"] == on_background
-        assert not measures.placed(tmp_path)["dino-pico"]
+        assert not measures.placed(tmp_path)["hunt-long"]
+        assert "dino-pico" not in measures.placed(tmp_path)  # barred
         assert measures.artifact_exists(tmp_path).value == float(on_background)
         assert measures.first_layer(tmp_path).value == pytest.approx(5 / 8)
         assert measures.dino_mode(tmp_path).value == 0
@@ -220,9 +345,63 @@ def test_stored_norms_have_the_truth_of_their_scenes() -> None:
 def test_pairs_and_sweeps_come_from_what_is_stored() -> None:
     five = measures.pairs(ledger.RESULTS, "08_no_regression", "transfer")
     assert sorted(five) == sorted((name, f"{name}-reg4") for name in PLAIN)
+    learned = measures.eligible_pairs(ledger.RESULTS, "08_no_regression", "transfer")
+    assert set(learned) == {p for p in five if not any(map(eligible.barred, p))}
+    assert learned
     where = (ledger.RESULTS, "09_how_many_registers", "transfer")
     assert measures.sweep(*where) == {0: "clip-pico"} | {n: f"clip-pico-reg{n}" for n in (1, 2, 4, 8, 16)}
     with pytest.raises(InputError, match=r"no pair without and with registers of \['mae'\]"):
         measures.pairs(ledger.RESULTS, "10_object_discovery", "lost", ["mae"])
     with pytest.raises(InputError, match="there are none"):
         measures.stored(ledger.RESULTS, "08_no_regression", "nothing")
+
+
+# --- the box that opens a chapter
+
+
+def test_a_box_is_about_the_books_results_and_says_so(monkeypatch: pytest.MonkeyPatch, board: pd.DataFrame) -> None:
+    monkeypatch.setattr(scoreboard, "table", lambda _, name: board[board["chapter"] == name])
+    rows = board[board["chapter"] == "05_local_information"]
+    plain = chapter.Run("05_local_information").results()
+    assert plain.board.equals(rows)
+    assert [row["verdict"].upper() in repr(plain) for _, row in rows.iterrows()] == [True] * len(rows)
+    assert all(f'href="#{label}"' in plain._repr_html_() for label in rows["figure"])
+    assert "not about this run" not in repr(plain)
+    other = chapter.Run("05_local_information", count=9, device="cpu").results()
+    assert "They are not about this run, which differs in count." in other._repr_html_()
+    assert other.board.equals(rows)
+    assert "No claim" in repr(chapter.Run("02_norms").results())
+
+
+def test_a_box_without_results_says_what_is_missing(tmp_path: Path) -> None:
+    found = scoreboard.box("05_local_information", tmp_path)
+    assert repr(found).startswith("No verdict yet: cannot read ")
+    assert "<table" not in found._repr_html_()
+
+
+def test_boxes_are_brought_up_to_date(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of chapters that were executed at their defaults, and nothing else in them."""
+    name, told = "05_local_information.ipynb", scoreboard.Box(pd.DataFrame(), ("told anew",))
+    old = (parameters.NOTEBOOKS / name).read_text("utf-8")
+    for kind in ("default", "other"):
+        book = json.loads(old)
+        if kind == "other":
+            book["cells"][1]["metadata"]["tags"] = ["injected-parameters"]
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / name).write_text(
+            json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "utf-8"
+        )
+    monkeypatch.setattr(scoreboard, "box", lambda _: told)
+    for kind in ("other", "default", "default"):
+        assert cli.main(["scoreboard", "--boxes", str(tmp_path / kind)]) == 0
+    assert capsys.readouterr().out == f"verdicts brought up to date: {tmp_path / 'default' / name}\n"
+    first, second = (json.loads(t)["cells"] for t in (old, (tmp_path / "default" / name).read_text("utf-8")))
+    changed = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
+    assert [b["source"] for _, b in changed] == [["run.results()"]]
+    assert "".join(changed[0][1]["outputs"][0]["data"]["text/html"]) == told._repr_html_()
+    assert cli.main(["scoreboard", "--boxes", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"vitregs: {tmp_path} holds no chapters")
+    assert cli.main(["scoreboard", "--boxes", str(tmp_path / "default"), "--markdown"]) == 2
+    assert "leave out --results and --markdown" in capsys.readouterr().err

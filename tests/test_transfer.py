@@ -178,8 +178,8 @@ def test_tables_say_the_numbers_in_their_units(found: dict[str, xr.Dataset]) -> 
     ]
     row = gaps.set_index("metric").loc["depth rmse"]
     assert row["better"] == (row["difference"] < 0)
-    assert "of 6 differences" in report.transfer.verdict(gaps)
-    assert "no pair" in report.transfer.verdict(gaps.iloc[:0])
+    assert "of 6 differences" in report.transfer.count_significant(gaps)
+    assert "no pair" in report.transfer.count_significant(gaps.iloc[:0])
 
 
 def test_the_papers_table() -> None:

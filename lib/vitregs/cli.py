@@ -345,13 +345,32 @@ def scoreboard(
     *,
     results: Annotated[Path | None, Parameter(help="folder of stored results (default: data/results)")] = None,
     markdown: Annotated[bool, _flag("print the page of the book")] = False,
+    boxes: Annotated[
+        Path | None,
+        Parameter(help="put the verdicts into the executed chapters of this folder instead", show_default=False),
+    ] = None,
 ) -> None:
     """Show every claim of the paper, our number and the verdict."""
     from vitregs.claims import ledger
     from vitregs.claims.scoreboard import listing, page, table
 
+    if boxes is not None:
+        _refresh(boxes, results, markdown)
+        return
     board = table(results or ledger.RESULTS)
     print(page(board) if markdown else listing(board))
+
+
+def _refresh(folder: Path, results: Path | None, markdown: bool) -> None:
+    """Bring the result boxes of executed chapters up to date. Raises InputError for a folder without any."""
+    from vitregs.book import execute
+
+    if results is not None or markdown:
+        raise InputError("--boxes shows the book's own results: leave out --results and --markdown")
+    if not list(folder.glob("[0-9]*.ipynb")):
+        raise InputError(f"{folder} holds no chapters: name a folder as notebooks")
+    for path in execute.refresh_boxes(folder):
+        print(f"verdicts brought up to date: {path}")
 
 
 def _kind(argument: Any) -> str:

@@ -16,6 +16,7 @@ import xarray as xr
 
 from vitregs import cache, paths
 from vitregs.book.parameters import changed, chapter_parameters, check
+from vitregs.claims import scoreboard
 from vitregs.data import images, scenes
 from vitregs.data.images import Images
 from vitregs.errors import InputError, unknown
@@ -187,6 +188,15 @@ class Run:
             colour = np.pad(batch.truth.objects[..., 1].numpy(), ((0, 0), (1, 0)), constant_values=-1)
             found.append(np.take_along_axis(colour, which, 1))
         return np.concatenate(found)
+
+    def results(self) -> scoreboard.Box:
+        """The claims of this chapter with their verdicts, in the words of the scoreboard.
+
+        They come from the book's stored results (`data/results`), never from what this run measures, so that the chapter and
+        the scoreboard cannot differ; a run with other parameters says so. `vitregs scoreboard --boxes` brings the boxes of
+        chapters that are executed already up to date.
+        """
+        return scoreboard.box(self.chapter, differs=tuple(changed(self.chapter, self.values)))
 
     def provenance(self) -> "Provenance":
         """Where this page's numbers come from, as a fold-out."""

@@ -1,8 +1,9 @@
 """One short function a quantity: stored arrays become the number that a claim names."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from vitregs import arrays, cache
+from vitregs.claims import eligible
 from vitregs.data import published
 from vitregs.errors import InputError
 from vitregs.measure import attention, cost, object_attention, outliers, position_gradient
@@ -31,6 +33,8 @@ class Measured:
     high: float
     n: int
     what: str
+    networks: tuple[str, ...] = ()  # it rests on; those whose arrays were read, unless the measure names them
+    strength: float | None = None  # of the artifact of the network tested, where the measure knows it
 
     def text(self) -> str:
         """The value with its interval, if it has one."""
@@ -40,16 +44,34 @@ class Measured:
 
 
 MEASURES: dict[str, Evidence] = {}
+_RESTS_ON: ContextVar[dict[str, None]] = ContextVar("rests_on")  # networks read while a measure runs, in order
 
 
 def measure(function: Evidence) -> Evidence:
-    """Enter a function of the results folder among the measures that a claim can name."""
-    MEASURES[function.__name__] = function  # type: ignore[attr-defined]
-    return function
+    """Enter a function of the results folder among the measures that a claim can name; what it gives names the networks whose
+    arrays it has read."""
+
+    @wraps(function)
+    def recorded(folder: Path) -> Measured:
+        token = _RESTS_ON.set({})
+        try:
+            found = function(folder)
+            return found if found.networks else replace(found, networks=tuple(_RESTS_ON.get()))
+        finally:
+            _RESTS_ON.reset(token)
+
+    MEASURES[function.__name__] = recorded  # type: ignore[attr-defined]
+    return recorded
+
+
+def rests_on(model: str) -> None:
+    """Note that the measure at work rests on a network, whoever reads its arrays."""
+    _RESTS_ON.get({})[model] = None
 
 
 def read(folder: Path, chapter: str, name: str, model: str) -> xr.Dataset:
     """One stored result: folder, chapter, name, model → Dataset. Raises InputError if it is missing."""
+    rests_on(model)
     return _load(folder / chapter / f"{name}.{model}.nc", *written(folder / chapter / f"{name}.{model}.nc"))
 
 
@@ -82,6 +104,14 @@ def pairs(folder: Path, chapter: str, name: str, objectives: Sequence[str] = ())
     if missing or not found:
         raise InputError(f"no pair without and with registers of {missing or 'any objective'} in {folder / chapter}")
     return [found[o] for o in objectives or found]
+
+
+def eligible_pairs(folder: Path, chapter: str, name: str, objectives: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Those of `pairs` in which both networks may decide a claim, to take a mean over. Raises InputError if there are none."""
+    found = [p for p in pairs(folder, chapter, name, objectives) if not any(map(eligible.barred, p))]
+    if not found:
+        raise InputError(f"no pair in {folder / chapter} clears its untrained twin")
+    return found
 
 
 def sweep(folder: Path, chapter: str, name: str) -> dict[int, str]:
@@ -119,7 +149,6 @@ def apart(one: xr.Dataset, two: xr.Dataset, times: float, n: int, what: str) -> 
     return Measured(times * (a - b), times * (a - b - down), times * (a - b + up), n, what)
 
 
-NEEDS: dict[str, Callable[[Path], bool]] = {}
 CHAPTERS = ("03_when_outliers_appear", "07_registers")  # which keep norms at all layers
 
 
@@ -135,6 +164,7 @@ def _chapter(folder: Path, model: str) -> str:
 
 def layers(folder: Path, model: str) -> pd.DataFrame:
     """Evidence at every layer of a model: → the table of `outliers.layer_evidence`, which takes a second to make."""
+    rests_on(model)
     return _layers(folder, model, *written(folder / _chapter(folder, model) / f"norms.{model}.nc"))
 
 
@@ -149,8 +179,8 @@ def norms(folder: Path, model: str) -> xr.DataArray:
 
 
 def bare(folder: Path) -> list[str]:
-    """Networks without registers whose norms are kept at all layers."""
-    names = [m for c in CHAPTERS for m in stored(folder, c, "norms")]
+    """Networks without registers whose norms are kept at all layers, and which may decide a claim."""
+    names = [m for c in CHAPTERS for m in stored(folder, c, "norms") if not eligible.barred(m)]
     return [m for m in names if not (norms(folder, m)["kind"] == "register").any()]
 
 
@@ -201,6 +231,7 @@ def first_layer(folder: Path) -> Measured:
 @measure
 def onset(folder: Path) -> Measured:
     """First look at which the emergence rule holds, as a share of the training; 1 if it never does."""
+    rests_on("hunt-pico")
     log = registry.history("hunt-pico")
     assert log is not None
     top, far = (log[k].isel(layer=slice(1, None)) for k in ("top1", "separation"))
@@ -222,14 +253,20 @@ def widest_only(folder: Path) -> Measured:
 @measure
 def artifact_ratio(folder: Path) -> Measured:
     """Largest over median patch norm in the last layer, register model over plain model, mean over the pairs of the paper."""
+    names = eligible_pairs(folder, CHAPTERS[-1], "norms", PAPERS)
     logs = [
         np.log(outliers.largest_ratio(norms(folder, with_)).isel(layer=-1).values)
         - np.log(outliers.largest_ratio(norms(folder, plain)).isel(layer=-1).values)
-        for plain, with_ in pairs(folder, CHAPTERS[-1], "norms", PAPERS)
+        for plain, with_ in names
     ]
-    found = mean(np.mean(logs, 0), "three pairs")
+    found = mean(np.mean(logs, 0), _of(names))
     value, low, high = np.exp([found.value, found.low, found.high]).tolist()
     return Measured(value, low, high, found.n, found.what)
+
+
+def _of(names: Sequence[tuple[str, str]]) -> str:
+    """Pairs as text, by their networks without registers."""
+    return f"{names[0][0]} pair" if len(names) == 1 else f"pairs of {', '.join(plain for plain, _ in names)}"
 
 
 def _registers(folder: Path, model: str) -> tuple[np.ndarray, np.ndarray]:
@@ -333,9 +370,56 @@ def stripes(_folder: Path) -> Measured:
 
 
 # --- conditions
-def has_mode(folder: Path) -> bool:
+@dataclass(frozen=True)
+class Condition:
+    """Whether a question arises of what was measured; if not, why; and how strong the artifact is that it is about."""
+
+    met: bool
+    why: str = ""
+    strength: float | None = None
+
+
+def has_mode(folder: Path, _found: Measured) -> Condition:
     """Some network without registers has an outlier mode, whatever it sits on."""
-    return any_mode(folder).value > 0
+    return Condition(any_mode(folder).value > 0, "no network without registers has a second mode of norms")
+
+
+FINGERPRINTS = ("artifacts", "content", "none", "inconclusive")
+
+
+def artifact(folder: Path, network: str) -> tuple[bool, float | None]:
+    """Whether a network has the artifact by its stored fingerprint.
+
+    Args:
+        folder: of stored results; the fingerprint is `published/NETWORK/fingerprint.nc` in it, with the attributes
+            `verdict` and `strength`.
+        network: its name.
+
+    Returns:
+        Whether it has, and its strength (norm of the mode over the median norm); False and None without a fingerprint.
+
+    Raises:
+        InputError: for a fingerprint whose verdict is none of FINGERPRINTS.
+    """
+    path = folder / "published" / network / "fingerprint.nc"
+    if not path.exists():
+        return False, None
+    facts = _load(path, *written(path)).attrs
+    if facts.get("verdict") not in FINGERPRINTS:
+        raise InputError(
+            f"{path} is no fingerprint: its verdict is {facts.get('verdict')!r}, not one of {FINGERPRINTS}"
+        )
+    return facts["verdict"] == "artifacts", float(facts["strength"])
+
+
+def has_artifact(folder: Path, found: Measured) -> Condition:
+    """One of the networks that were measured has the artifact by its fingerprint; its strength, the largest if several have."""
+    there = [
+        strength for has, strength in (artifact(folder, n) for n in found.networks) if has and strength is not None
+    ]
+    if there:
+        return Condition(True, strength=max(there))
+    return Condition(False, f"no artifact by a stored fingerprint: {', '.join(found.networks) or 'no network'}")
 
 
 def placed(folder: Path) -> dict[str, bool | None]:
@@ -346,11 +430,6 @@ def placed(folder: Path) -> dict[str, bool | None]:
     return {m: outliers.judge_emergence(d["value"], truth[m], layers(folder, m)).artifact for m, d in found.items()}
 
 
-def has_artifacts(folder: Path) -> bool:
-    """Some network without registers has the paper's artifact."""
-    return any(v is True for v in placed(folder).values())
-
-
 @measure
 def artifact_exists(folder: Path) -> Measured:
     """1 if some network without registers has the paper's artifact, else 0."""
@@ -358,7 +437,8 @@ def artifact_exists(folder: Path) -> Measured:
     return exact(float(any(v is True for v in found.values())), len(found), f"{len(found)} networks without registers")
 
 
-NEEDS |= {"mode": has_mode, "artifacts": has_artifacts}
+# Conditions without which the question of a claim does not arise, by the name that a claim gives them
+NEEDS: dict[str, Callable[[Path, Measured], Condition]] = {"mode": has_mode, "artifact": has_artifact}
 
 
 def _local(folder: Path, model: str, quantity: str, one: str, two: str, times: float) -> Measured:
@@ -436,9 +516,9 @@ def mae_beyond(folder: Path) -> Measured:
 
 @measure
 def smoother(folder: Path) -> Measured:
-    """Per cent of patches beyond 3 standard deviations of the first component: plain minus register models, three pairs."""
-    names = pairs(folder, "12_feature_maps", "components", PAPERS)
-    return mean(np.mean([_beyond(folder, plain) - _beyond(folder, with_) for plain, with_ in names], 0), "three pairs")
+    """Per cent of patches beyond 3 standard deviations of the first component: plain minus register models, mean over pairs."""
+    names = eligible_pairs(folder, "12_feature_maps", "components", PAPERS)
+    return mean(np.mean([_beyond(folder, plain) - _beyond(folder, with_) for plain, with_ in names], 0), _of(names))
 
 
 def _beyond(folder: Path, model: str) -> np.ndarray:
@@ -477,18 +557,18 @@ def wide_maps(folder: Path) -> Measured:
 
 
 def _change(folder: Path, metric: str, objectives: Sequence[str], times: float) -> Measured:
-    """Register model minus plain model, mean over the pairs of some objectives (none: all), whose paired intervals add as
+    """Register model minus plain model, of one objective or the mean over all eligible pairs, whose paired intervals add as
     independent errors do."""
     found = []
-    names = pairs(folder, "08_no_regression", "transfer", objectives)
+    select = pairs if objectives else eligible_pairs
+    names = select(folder, "08_no_regression", "transfer", objectives)
     for pair in names:
         a, b = (read(folder, "08_no_regression", "transfer", m) for m in pair)
         found.append([times * v for v in transfer.difference(a, b, metric)])
     value, low, high = np.array(found).T
     down, up = (np.sqrt(np.square(d).sum()) / len(found) for d in (value - low, high - value))
     n = int(a["n"].sel(metric=metric))
-    what = f"{names[0][0]} pair" if len(names) == 1 else f"{len(names)} pairs"
-    return Measured(value.mean(), value.mean() - down, value.mean() + up, n, what)
+    return Measured(value.mean(), value.mean() - down, value.mean() + up, n, _of(names))
 
 
 @measure
@@ -614,8 +694,9 @@ def lost_clip(folder: Path) -> Measured:
 @measure
 def lost_dino_best(folder: Path) -> Measured:
     """CorLoc of DINO minus the mean of the other networks without registers, in points."""
-    others = np.mean([_hits(folder, m) for m, _ in pairs(folder, "10_object_discovery", "lost", PAPERS)], 0)
-    return mean(_hits(folder, "dino-pico") - others, "dino-pico − three others, best bias")
+    names = [plain for plain, _ in eligible_pairs(folder, "10_object_discovery", "lost", PAPERS)]
+    others = np.mean([_hits(folder, m) for m in names], 0)
+    return mean(_hits(folder, "dino-pico") - others, f"dino-pico − {', '.join(names)}, best bias")
 
 
 def _value(data: xr.Dataset, what: str) -> Measured:

@@ -124,7 +124,7 @@ def differences(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def verdict(table: pd.DataFrame) -> str:
+def count_significant(table: pd.DataFrame) -> str:
     """Count what `differences` shows: → a sentence, with how many would be significant by chance alone."""
     if table.empty:
         return "there is no pair without and with registers here"
