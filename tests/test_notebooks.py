@@ -13,7 +13,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests import compare
+from tests import compare, kernels
 from vitregs import paths
 from vitregs.book import execute, parameters
 from vitregs.cache import file_hash, load_dataset
@@ -33,6 +33,13 @@ def one_thread() -> Iterator[None]:
     """Kernels of one thread each: tests beside this one use the other cores, and waiting threads cost the most."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture
+def warm_kernels(one_thread: None) -> Iterator[None]:
+    """Kernels that need not import torch first. The build and plain papermill start theirs cold."""
+    with kernels.warm():
         yield
 
 
@@ -299,6 +306,7 @@ REAL = {
 }
 
 
+@pytest.mark.usefixtures("warm_kernels")
 @each_on_models
 def test_a_published_model_on_real_images(chapter: str, shared_data: Path, tmp_path: Path) -> None:
     name = "deit_tiny_patch16_224"
@@ -324,6 +332,7 @@ def test_a_published_model_on_real_images(chapter: str, shared_data: Path, tmp_p
     assert max(a.sizes.get("image", 0) for a in arrays) <= number
 
 
+@pytest.mark.usefixtures("warm_kernels")
 def test_training_chapters_on_real_images(shared_data: Path, tmp_path: Path) -> None:
     source = str(next((shared_data / "cifar10").glob("test*.parquet")))
     small = ["size=femto", "image_size=32", "batch=8"]
@@ -339,6 +348,7 @@ def test_training_chapters_on_real_images(shared_data: Path, tmp_path: Path) -> 
         assert [o.text for o in found if o.output_type == "stream" and o.name == "stderr"] == []
 
 
+@pytest.mark.usefixtures("warm_kernels")
 def test_a_run_that_is_kept_goes_on(tmp_path: Path) -> None:
     values = {"settings": ["size=femto", "image_size=32", "steps=4", "warmup=2"], "device": "cpu", "every": 2}
     values |= {"recipe": "hunt-femto", "keep": str(tmp_path / "kept")}

@@ -678,6 +678,9 @@ def capture(
     output of the last block before the final norm; negative ones from the end. What concerns attention has the layers 1
     to L: those of the blocks. `token` names the kinds, so that `seen.norms.sel(token="patch")` selects the patches.
 
+    The network runs as it is, uncompiled: on a CPU `torch.compile` takes longer to warm up than a run lasts, and saves a
+    tenth of it at most.
+
     Args:
         backbone: The network.
         images: Open images, pixels (n, 3, height, width) in [0, 1], a folder or a data set's name, or a list of PIL images.
