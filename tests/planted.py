@@ -76,7 +76,10 @@ def network(what: str, strength: float, seed: int = 0) -> Backbone:
             for j, sign in enumerate((1, -1)):
                 row = 2 * i + j
                 edges.fc1.weight[row] = 0
-                edges.fc1.weight[row, k], edges.fc1.bias[row] = 60.0 * sign, -10.0  # the norm before shifts all channels
+                edges.fc1.weight[row, k], edges.fc1.bias[row] = (
+                    60.0 * sign,
+                    -10.0,
+                )  # the norm before shifts all channels
                 edges.fc2.weight[:, row] = 0
                 edges.fc2.weight[1, row], edges.fc2.weight[-2, row] = -0.005, 0.005
         writer = net.blocks[BLOCK - 1].mlp
@@ -102,5 +105,8 @@ def network(what: str, strength: float, seed: int = 0) -> Backbone:
     norm = float(np.median(np.linalg.norm(seen["tokens"].isel(tokens_layer=0).values, axis=-1)))
     with torch.no_grad():
         wanted = norm * math.sqrt(strength**2 - 1) / typical / math.sqrt(2)
-        net.blocks[BLOCK - 1].mlp.fc2.weight[0, NEURON], net.blocks[BLOCK - 1].mlp.fc2.weight[-1, NEURON] = wanted, -wanted
+        net.blocks[BLOCK - 1].mlp.fc2.weight[0, NEURON], net.blocks[BLOCK - 1].mlp.fc2.weight[-1, NEURON] = (
+            wanted,
+            -wanted,
+        )
     return registry.wrap(net, backbone.name)  # its key tells its weights

@@ -132,7 +132,7 @@ def diagnose(
         str | None, Parameter(help="local .safetensors (or PyTorch checkpoint) instead of the hub's weights")
     ] = None,
     images: Annotated[
-        str, Parameter(help="scenes, an image, a folder, a parquet file or folder of them, or a hub name")
+        str, Parameter(help="scenes, photographs, an image, a folder, a parquet file or folder of them, or a hub name")
     ] = "scenes",
     split: Annotated[str | None, Parameter(help="split of a data set")] = None,
     count: Annotated[int, _number("how many images", 1)] = 64,

@@ -13,6 +13,7 @@ from vitregs import cache
 from vitregs.book import parameters
 from vitregs.book.parameters import changed, chapter_parameters, check
 from vitregs.claims import scoreboard
+from vitregs.data.sources import NAMED
 from vitregs.errors import InputError, extra
 from vitregs.models import registry
 
@@ -30,7 +31,7 @@ def run_chapter(chapter: str, values: Mapping[str, Any], out: Path, stored: Path
         from nbclient.exceptions import DeadKernelError
 
     full, known = check(chapter, values), chapter_parameters(chapter)
-    if full.get("images", "scenes") != "scenes" and Path(full["images"]).expanduser().exists():
+    if full.get("images", "scenes") not in NAMED and Path(full["images"]).expanduser().exists():
         full["images"] = str(Path(full["images"]).expanduser().resolve())  # the kernel runs in another folder
     if full.get("models"):
         full["models"] = [registry.absolute(m) for m in full["models"]]

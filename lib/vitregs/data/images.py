@@ -1,4 +1,4 @@
-"""Pixels with names, labels, boxes and masks from scenes, files, a folder, or a Hugging Face `datasets` source.
+"""Pixels with names, labels, boxes and masks from scenes, photographs, files, a folder, or a Hugging Face `datasets` source.
 
 Images are decoded one batch at a time. Grey, palette, RGBA and 16-bit images become RGB, EXIF rotation is applied,
 and what cannot be decoded or is not used is counted and reported.
@@ -297,8 +297,9 @@ def open_images(
     """Open a source of images: nothing is decoded yet.
 
     Args:
-        source: "scenes", an image, a folder, a parquet file or folder of them, a data set's name on the hub, or images
-            that are open already.
+        source: "scenes", "photographs" (seven that installed packages ship, see `vitregs.data.photographs.table`), an
+            image, a folder, a parquet file or folder of them, a data set's name on the hub, or images that are open
+            already.
         size: Side or (height, width) in pixels.
         count: The most images that are drawn, None for all.
         seed: Draws which.

@@ -1,4 +1,4 @@
-"""Where images lie: a file, a folder, parquet files or a hub name, and which of them are used; read lazily, keyed on content."""
+"""Where images lie: a file, a folder, parquet files, installed packages or a hub name; read lazily, keyed on content."""
 
 import hashlib
 import io
@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from vitregs.cache import file_hash
-from vitregs.data import decoding
+from vitregs.data import decoding, photographs
 from vitregs.errors import InputError, extra
 from vitregs.hub import hub
 
+NAMED = ("scenes", "photographs")  # sources by a name of ours, which go before files of that name
 SPLITS = ("validation", "valid", "val", "test", "train")  # the first that exists is the default
 WORDS = (*SPLITS, "dev", "testing", "training")  # what names of files and folders call a split
 
@@ -212,6 +213,28 @@ class Opened:
             yield Item(f"image {i}", file.getvalue())
 
 
+class Photographs:
+    """The photographs that installed packages ship; those drawn by the seed come in the order of their table."""
+
+    def __init__(self) -> None:
+        """Find them. Raises InputError for packages that lack one of them, or are missing."""
+        self.files, self.split = photographs.files(), ONE
+        self.passed, self.others, self.classes = list[str](), list[str](), list[str]()
+
+    def _drawn(self, count: int | None, seed: int) -> list[tuple[str, Path]]:
+        known = list(self.files.items())
+        return [known[i] for i in sorted(np.random.default_rng(seed).permutation(len(known))[:count])]
+
+    def fingerprint(self, count: int | None, seed: int) -> str:
+        """Hash names and content of the photographs drawn."""
+        return _digest([(name, content(file)) for name, file in self._drawn(count, seed)])
+
+    def items(self, count: int | None, seed: int) -> Iterator[Item]:
+        """Yield the photographs drawn by the seed."""
+        for name, file in self._drawn(count, seed):
+            yield Item(name, file)
+
+
 def _split_folders(root: Path, images: Sequence[Path]) -> dict[str, Path]:
     """Folders that are splits: root, its images → {split: folder}; empty unless all images lie in such."""
     tops = {root / p.relative_to(root).parts[0] for p in images}
@@ -363,11 +386,16 @@ def _rank(name: str, kind: Any) -> tuple[bool, bool, int]:
     )
 
 
-def open_source(name: str, split: str | None = None, column: str | None = None) -> Folder | Hub:
-    """Open a source: an image, a folder, a parquet file or folder of them, or a hub name; split; image column → Folder or Hub.
+def open_source(name: str, split: str | None = None, column: str | None = None) -> Folder | Hub | Photographs:
+    """Open a source: "photographs", an image, a folder, a parquet file or folder of them, or a hub name; split; image column
+    → Folder, Hub or Photographs.
 
     Raises InputError for sources that do not exist or hold no images, and splits and columns that are not there.
     """
+    if name == "photographs":
+        if split is not None or column is not None:
+            raise InputError(f"photographs have no splits and no columns, so no {split or column!r}: leave it away")
+        return Photographs()
     check(name)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -388,7 +416,13 @@ def open_source(name: str, split: str | None = None, column: str | None = None) 
 
 
 def check(name: str) -> None:
-    """Raise InputError for a path that does not exist, a folder without images, an address; names of data sets pass unasked."""
+    """Raise InputError for a path that does not exist, a folder without images, an address; names of data sets pass unasked.
+
+    For photographs, raise it for packages that lack one of them.
+    """
+    if name == "photographs":
+        photographs.files()
+        return
     if "://" in name:
         raise InputError(f"{name} is an address: give a local folder or file, or a data set's name on the hub")
     path = Path(name).expanduser()

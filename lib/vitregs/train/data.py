@@ -166,6 +166,8 @@ class ImageFeed:
 
 def _split(source: str) -> str | None:
     """Training images come from the split `train`, where the source has splits."""
+    if source in sources.NAMED:
+        return None
     path = Path(source).expanduser()
     there = sources.split_names(path) if path.exists() else ["train"]
     return next((name for name in ("train", "training") if name in there), None)
