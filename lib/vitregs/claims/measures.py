@@ -337,14 +337,6 @@ def similarity(folder: Path) -> Measured:
 
 
 @measure
-def similarity_deit(folder: Path) -> Measured:
-    """The same of a published network on photographs."""
-    base = folder / "deit_tiny_on_coco"
-    model = "deit_tiny_patch16_224"
-    return mean(_similar(base, "04_redundant_patches", model, 0.04), "DeiT-Tiny on COCO")
-
-
-@measure
 def border(folder: Path) -> Measured:
     """Share of the top 2 % of norms on border cells over their share of all cells."""
     at = read(folder, "04_redundant_patches", "norms", "supervised-pico")["value"]
@@ -708,10 +700,3 @@ def _value(data: xr.Dataset, what: str) -> Measured:
 def value_ratio(folder: Path) -> Measured:
     """Length of the value projection of the largest norms over that of the others."""
     return _value(read(folder, "10_object_discovery", "lengths", "clip-pico"), "clip-pico")
-
-
-@measure
-def value_ratio_deit(folder: Path) -> Measured:
-    """The same of a published network on photographs."""
-    found = read(folder / "deit_tiny_on_coco", "10_object_discovery", "lengths", "deit_tiny_patch16_224")
-    return _value(found, "DeiT-Tiny on COCO, top 2 % of norms")
