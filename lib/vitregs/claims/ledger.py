@@ -19,7 +19,10 @@ from math import isnan
 from pathlib import Path
 
 from vitregs import paths
-from vitregs.claims import eligible, real  # noqa: F401: enters its measures
+from vitregs.claims import (
+    eligible,
+    real,  # noqa: F401 (it enters its measures)
+)
 from vitregs.claims.measures import MEASURES, NEEDS, Condition, Measured
 from vitregs.data import published
 from vitregs.errors import InputError, unknown

@@ -4,6 +4,7 @@ The network is DeiT-Tiny; where the paper compares without and with registers, i
 stands for a trained pair and is named as what it is. Images are COCO's, labels Imagenette's, Tiny-ImageNet's and CIFAR-10's.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,12 @@ def real(folder: Path, network: str, name: str) -> xr.Dataset:
     path = folder / "published" / network / f"{name}.nc"
     data = _load(path, *written(path))
     return data.map(lambda v: v.astype(np.float32) if v.dtype == np.float16 else v, keep_attrs=True)
+
+
+def _measured(ends: Iterable[float], n: int, what: str) -> Measured:
+    """A value with its interval: (value, low, high), how many, of what."""
+    value, low, high = ends
+    return Measured(value, low, high, n, what)
 
 
 def _part(folder: Path, part: str) -> tuple[float, float, float, float]:
@@ -79,7 +86,7 @@ def real_rise(folder: Path) -> Measured:
 def real_similarity(folder: Path) -> Measured:
     """Cosine to the neighbours at the patch embedding: marked minus other patches."""
     found = [_fact(folder, f"place: {k}") for k in ("gap", "gap_low", "gap_high")]
-    return Measured(*found, 1, "DeiT-Tiny on COCO")
+    return _measured(found, 1, "DeiT-Tiny on COCO")
 
 
 @measure
@@ -102,7 +109,7 @@ def real_sink(folder: Path) -> Measured:
 def real_half(folder: Path) -> Measured:
     """Least number of MLP neurons that write half of the shift, in per cent of all."""
     value, low, high, total = _part(folder, "neurons")
-    return Measured(*(100 * v / total for v in (value, low, high)), int(total), "DeiT-Tiny on COCO")
+    return _measured((100 * v / total for v in (value, low, high)), int(total), "DeiT-Tiny on COCO")
 
 
 @measure
@@ -113,7 +120,7 @@ def real_border(folder: Path) -> Measured:
     y, x = patch["y"].values, patch["x"].values
     edge = (y == 0) | (x == 0) | (y == y.max()) | (x == x.max())
     found = arrays.bootstrap_ratio(marked[:, edge].sum(1), marked.sum(1))
-    return Measured(*(v / edge.mean() for v in found), len(marked), "DeiT-Tiny on COCO")
+    return _measured((v / edge.mean() for v in found), len(marked), "DeiT-Tiny on COCO")
 
 
 # --- attention
@@ -136,7 +143,7 @@ def real_heads(folder: Path) -> Measured:
     part = rows / rows.sum(-1, keepdims=True) * rows.shape[-1]
     each = [arrays.bootstrap_ratio((part[:, h] * marked).sum(1), marked.sum(1)) for h in range(rows.shape[1])]
     least = min(each)
-    return Measured(*least, len(rows), f"DeiT-Tiny on COCO, the least of {len(each)} heads")
+    return _measured(least, len(rows), f"DeiT-Tiny on COCO, the least of {len(each)} heads")
 
 
 # --- what tokens know
@@ -297,8 +304,8 @@ def _dose(folder: Path, name: str, what: str, dose: float) -> np.ndarray:
 @measure
 def real_one_zero(folder: Path) -> Measured:
     """Largest over median norm: one zero token over none."""
-    data = np.log(real(folder, PLAIN, "artifact_by_dose")["largest"])
-    found = mean((data.sel(dose=1) - data.sel(dose=0)).values, "DeiT-Tiny on COCO, zero tokens")
+    data = real(folder, PLAIN, "artifact_by_dose")["largest"]
+    found = mean(np.log((data.sel(dose=1) / data.sel(dose=0)).values), "DeiT-Tiny on COCO, zero tokens")
     value, low, high = np.exp([found.value, found.low, found.high]).tolist()
     return Measured(value, low, high, found.n, found.what)
 
@@ -326,7 +333,7 @@ def real_zero_dense(folder: Path) -> Measured:
     """Linear segmentation, points of mIoU: eight zero tokens minus none."""
     data = real(folder, PLAIN, "segments_by_dose")
     pair = np.stack([data["counts"].sel(dose=d).values.astype(float) for d in (0, 8)], 1)
-    there = pair.any((2, 3)).all(1)
+    there = (pair.sum((2, 3)) > 0).all(1)
     value, low, high = arrays.bootstrap_interval(pair[there], draws=1000, of=transfer._gain)
     return Measured(100 * value, 100 * low, 100 * high, int(there.sum()), "DeiT-Tiny on COCO, zero tokens")
 
@@ -346,7 +353,7 @@ def real_lost(folder: Path) -> Measured:
 def real_value_ratio(folder: Path) -> Measured:
     """Length of the values of the largest norms over that of the others."""
     at = real(folder, PLAIN, "lengths").sel(projection="value")
-    return Measured(*(float(at[k]) for k in ("ratio", "low", "high")), int(at["n"]), "DeiT-Tiny on COCO")
+    return _measured((float(at[k]) for k in ("ratio", "low", "high")), int(at["n"]), "DeiT-Tiny on COCO")
 
 
 @measure
@@ -428,4 +435,4 @@ def moved_lost(folder: Path) -> Measured:
 def moved_values(folder: Path) -> Measured:
     """Length of the values of the largest norms over that of the others, with a test-time register."""
     at = real(folder, CURED, "lengths").sel(projection="value")
-    return Measured(*(float(at[k]) for k in ("ratio", "low", "high")), int(at["n"]), "DeiT-Tiny+tt1 on COCO")
+    return _measured((float(at[k]) for k in ("ratio", "low", "high")), int(at["n"]), "DeiT-Tiny+tt1 on COCO")
