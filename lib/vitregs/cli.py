@@ -1,4 +1,4 @@
-"""The command `vitregs`: diagnose a model, run a chapter, train a recipe, list the models, show the scoreboard.
+"""The command `vitregs`: diagnose a model, run a chapter, train a recipe, list the models, measure one, show the scoreboard.
 
 Words are read by Cyclopts from the types of the functions below; a chapter's options are made from its `parameters` cell.
 What takes seconds to import is imported inside the commands, so that help and mistakes come at once.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vitregs.book import parameters
 
 
-COMMANDS = ("diagnose", "run", "train", "models", "scoreboard")
+COMMANDS = ("diagnose", "run", "train", "models", "measure", "scoreboard")
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -88,7 +88,7 @@ def _app() -> App:
     """The commands with their options: → App, which raises what is wrong instead of printing it."""
     app = App(
         name="vitregs",
-        help="Diagnose a model, run a chapter, train a recipe, list the models, show the scoreboard.",
+        help="Diagnose a model, run a chapter, train a recipe, list the models, measure one, show the scoreboard.",
         version=lambda: version("vitregs"),
         help_format="plaintext",
         help_formatter="plain",
@@ -98,7 +98,7 @@ def _app() -> App:
         suppress_keyboard_interrupt=False,
         result_action="return_value",
     )
-    for command in (diagnose, train, models, scoreboard):
+    for command in (diagnose, train, models, measure, scoreboard):
         app.command(command)
     app["models"].usage = "Usage: vitregs models [PART]"
     app["train"].usage = "Usage: vitregs train [RECIPE [SETTING=VALUE …]] [OPTIONS]"
@@ -339,6 +339,52 @@ def models(
 
     ours, theirs = ([n for n in names if part in n] for names in (registry.zoo(), registry.published()))
     print("\n".join(["trained here (data/zoo):", *(f"  {n}" for n in ours), "from timm:", *(f"  {n}" for n in theirs)]))
+
+
+def _folder(what: str) -> Parameter:
+    return Parameter(help=f"folder of parquet files: {what}", show_default=False)
+
+
+def measure(
+    network: Annotated[str, Parameter(help="any name that `vitregs models` lists")],
+    /,
+    *,
+    weights: Annotated[str | None, Parameter(help="local weight file instead of the hub's weights")] = None,
+    coco: Annotated[str | None, _folder("COCO images with boxes and masks")] = None,
+    imagenette: Annotated[str | None, _folder("Imagenette, with labels")] = None,
+    tiny_imagenet: Annotated[str | None, _folder("Tiny-ImageNet, with labels")] = None,
+    cifar10: Annotated[str | None, _folder("CIFAR-10, with labels")] = None,
+    only: Annotated[
+        list[str] | None,
+        Parameter(
+            help="names of arrays (default: all whose images are given)", consume_multiple=True, converter=_several
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, Parameter(help="folder that gets a folder for the network (default: data/results/published)")
+    ] = None,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, …")] = "auto",
+) -> None:
+    """Measure once what chapters draw of a published network, on photographs and on the image sets that are given."""
+    from time import perf_counter
+
+    from vitregs import cache
+    from vitregs.claims import networks
+    from vitregs.models import registry
+
+    folder = out or networks.FOLDER
+    for name in only or []:
+        networks.entry(name)
+    registry.check(network)
+    cache.check_writable(folder)
+    given = {"coco": coco, "imagenette": imagenette, "tiny-imagenet": tiny_imagenet, "cifar10": cifar10}
+    places = {name: place for name, place in given.items() if place is not None}
+    backbone = registry.load(network, weights=weights, device=device)
+    start = perf_counter()
+    for name, file in networks.measure_all(backbone, places, only=only or [], folder=folder):
+        size, now = file.stat().st_size / 1e6, perf_counter()
+        print(f"{name:<32}{now - start:7.1f} s {size:7.3f} MB  {file}", flush=True)
+        start = now
 
 
 def scoreboard(

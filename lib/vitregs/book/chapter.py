@@ -16,7 +16,7 @@ import xarray as xr
 
 from vitregs import cache, paths
 from vitregs.book.parameters import changed, chapter_parameters, check
-from vitregs.claims import scoreboard
+from vitregs.claims import networks, scoreboard
 from vitregs.data import images, scenes
 from vitregs.data.images import Images
 from vitregs.errors import InputError, unknown
@@ -161,6 +161,45 @@ class Run:
             found[model] = data["value"] if set(data.data_vars) <= {"value", "background"} else data
         return found
 
+    @cached_property
+    def _anew(self) -> dict[str, Backbone]:
+        """The published networks that are measured anew, loaded; empty where the parameter `afresh` is."""
+        weights, _ = networks.places(self.values["afresh"])
+        device = self.values.get("device", "auto")
+        if not self.values["afresh"]:
+            return {}
+        return {name: registry.load(name, weights=weights, device=device) for name in self.values["published"]}
+
+    def published(self, name: str) -> dict[str, Any]:
+        """What was measured on the chapter's published networks (its parameter `published`), drawn without weights or images.
+
+        Where the parameter `afresh` tells where weights and images lie, the same is measured anew with them, and kept beside
+        the chapter's other results; what its image sets do not cover is read, if it was measured with these weights.
+
+        Args:
+            name: a row of `networks.ENTRIES`.
+
+        Returns:
+            What the function of that row gives, by the name of the network.
+
+        Raises:
+            InputError: as `networks.read` and `networks.measure` do.
+
+        Example:
+            ``run.published("norms")``
+        """
+        where = networks.entry(name).images
+        given = {networks.HERE: "", **networks.places(self.values["afresh"])[1]}
+        found = {}
+        for network in self.values["published"]:
+            backbone = self._anew.get(network)
+            if backbone is None or where not in given:
+                found[network] = networks.read(network, name, weights=backbone.weights if backbone else None)
+                continue
+            source = networks.open_set(where, backbone, given[where])
+            found[network] = networks.measure(name, backbone, source, folder=self.folder.parent / "published")
+        return found
+
     def preview(self, backbone: Backbone, count: int) -> np.ndarray:
         """The first images of the chapter, to draw: → (count, H, W, 3) in [0, 1]."""
         first = next(self.images(backbone).pixels(count))
@@ -204,6 +243,10 @@ class Run:
         if "models" in self.values:
             facts |= {f"weights of {n}": f"{b.source}, {b.weights[:16]}" for n, b in self.backbones.items()}
             facts["device"] = str(next(iter(self.backbones.values())).device)
+        for name in self.values.get("published", []):
+            backbone = self._anew.get(name)
+            told = f"{backbone.source}, {backbone.weights[:16]}" if backbone else networks.origin(name)
+            facts[f"published network {name}"] = told
         return Provenance(facts)
 
 

@@ -107,6 +107,7 @@ def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises InputError for unknown names, wrong types, values out of range, unknown models and recipes, files and
     folders that do not exist, folders without images, and a device that is not there.
     """
+    from vitregs.claims import networks
     from vitregs.data import sources
     from vitregs.models import registry, weights
     from vitregs.train import recipes
@@ -118,7 +119,7 @@ def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
             raise unknown(f"parameter of {chapter}", name, known)
     full = {n: p.check(values.get(n, p.default)) for n, p in known.items()}
     models, files = full.get("models", []), full.get("weights", [])
-    for name in ("models", "weights"):
+    for name in ("models", "weights", "published", "afresh"):
         for word in full.get(name, []):
             if not isinstance(word, str):
                 raise InputError(f"{name} takes a list of names, not of {word!r}")
@@ -128,6 +129,11 @@ def check(chapter: str, values: Mapping[str, Any]) -> dict[str, Any]:
         registry.check(model)
         if models.count(model) > 1:
             raise InputError(f"models names {model} twice: results are kept by name")
+    for network in full.get("published", []):
+        registry.check(network)
+    weight_file, _ = networks.places(full.get("afresh", []))
+    if weight_file:
+        weights.files(Path(weight_file))
     if files and len(files) != len(models):
         raise InputError(f"{len(files)} weight files for {len(models)} models: give one for each, '' for zoo or hub")
     for file in filter(None, files):

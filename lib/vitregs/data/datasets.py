@@ -155,16 +155,46 @@ def open_set(
         raise InputError(f"no copy of {name} on the hub is known: give a folder of parquet files with its splits")
     if folder and not Path(folder).expanduser().is_dir():
         raise InputError(f"no folder {folder} with {name}")
-    there = folder or known.hub
-    options = {"size": size, "preparation": preparation, "seed": seed}
-    splits = (known.train, known.test)
-    if folder:  # local copies may name their held-out part otherwise
-        there_are = split_names(Path(folder).expanduser())
-        splits = (known.train, next((s for s in (known.test, *SPLITS[:-1]) if s in there_are), known.test))
-    return (
-        images.open_images(there, split=splits[0], count=train_count, **options),  # type: ignore[arg-type]
-        images.open_images(there, split=splits[1], count=test_count, **options),  # type: ignore[arg-type]
+    return open_parts(
+        folder or known.hub,
+        (known.train, known.test),
+        counts=(train_count, test_count),
+        size=size,
+        preparation=preparation,
+        seed=seed,
     )
+
+
+def open_parts(
+    place: str,
+    splits: tuple[str, str],
+    *,
+    counts: tuple[int | None, int | None] = (None, None),
+    **options: Any,
+) -> tuple[Images, Images]:
+    """Open the training and the test part of a data set.
+
+    Args:
+        place: a folder of parquet files, or a name on the hub.
+        splits: what the hub calls the two parts; in a folder any usual name of a held-out part will do.
+        counts: how many images of each, None for all.
+        options: of `images.open_images`.
+
+    Returns:
+        Training images, test images.
+
+    Raises:
+        InputError: as `images.open_images` does.
+    """
+    train, test = splits
+    path = Path(place).expanduser()
+    if path.is_dir():  # local copies may name their held-out part otherwise
+        there = split_names(path)
+        test = next((s for s in (test, *SPLITS[:-1]) if s in there), test)
+    first, second = (
+        images.open_images(place, split=s, count=n, **options) for s, n in zip((train, test), counts, strict=True)
+    )
+    return first, second
 
 
 def fingerprints(names: Sequence[str], folder: str = "") -> dict[str, str]:

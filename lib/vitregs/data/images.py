@@ -6,7 +6,7 @@ and what cannot be decoded or is not used is counted and reported.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitregs.data import decoding, scenes
 from vitregs.data.preparation import Preparation
-from vitregs.data.sources import NOTES, Item, Opened, Source, encoded, listed, open_source
+from vitregs.data.sources import NOTES, Chain, Item, Opened, Source, encoded, listed, open_source
 from vitregs.errors import InputError, unknown
 
 FIRST_SCENE = 2**41  # far behind every scene that a training run sees
@@ -54,6 +54,7 @@ class Images:
         difficulty: Of scenes.
         box_format: What four numbers of a box mean, "xyxy" or "xywh".
         full_scale: The value that is white in images of more than 8 bits, None to go by type and metadata.
+        last_object: The highest class of a mask that is an object, None if all are; those above it are background.
         skipped: Names of images that could not be decoded, as of the last reading.
         unused: Names of images whose mask or boxes could not be used.
     """
@@ -67,6 +68,7 @@ class Images:
     difficulty: scenes.Difficulty = field(default_factory=scenes.Difficulty)
     box_format: str = "xyxy"
     full_scale: float | None = None
+    last_object: int | None = None
     skipped: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
@@ -91,7 +93,13 @@ class Images:
         facts: dict[str, Any] = {"images": self.fingerprint, "size": self.size, "count": self.count, "seed": self.seed}
         if self.source is None:
             return facts | {"difficulty": repr(self.difficulty)}
-        more = {"preparation": self.preparation, "box_format": self.box_format, "full_scale": self.full_scale}
+        more: dict[str, Any] = {
+            "preparation": self.preparation,
+            "box_format": self.box_format,
+            "full_scale": self.full_scale,
+        }
+        if self.last_object is not None:
+            more["last_object"] = self.last_object
         return facts | {k: repr(v) for k, v in more.items()}
 
     def pixels(self, batch: int = 32) -> Iterator[Tensor]:
@@ -268,7 +276,8 @@ class Images:
         if mask.size != size or len(mask.getbands()) > 1:  # one class per pixel
             self._leave(item)
             return None
-        return np.asarray(self.preparation.apply(mask, self.size, labels=True)[0])
+        classes = np.asarray(self.preparation.apply(mask, self.size, labels=True)[0])
+        return classes if self.last_object is None else np.where(classes > self.last_object, 0, classes)
 
     def _leave(self, item: Item) -> None:
         if item.name not in self.unused:
@@ -293,6 +302,7 @@ def open_images(
     image_column: str | None = None,
     box_format: str = "xyxy",
     full_scale: float | None = None,
+    last_object: int | None = None,
 ) -> Images:
     """Open a source of images: nothing is decoded yet.
 
@@ -308,6 +318,8 @@ def open_images(
         image_column: Column that holds the images, None to find it by its type.
         box_format: "xyxy" (corners) or "xywh" (corner, width and height), in pixels of the original.
         full_scale: The value that is white in images of more than 8 bits, None to go by type and metadata.
+        last_object: The highest class of a mask that is an object (91 in COCO, whose other classes are sky, grass, walls
+            and the like), None if all are; pixels of higher classes become background, 0.
 
     Returns:
         The images, to be read as often as wanted.
@@ -352,5 +364,29 @@ def open_images(
             f"{source} has splits: {found.split} is taken, not {', '.join(found.others)} (choose with split)",
             stacklevel=2,
         )
-    options: dict[str, Any] = {"box_format": box_format, "full_scale": full_scale}
+    options: dict[str, Any] = {"box_format": box_format, "full_scale": full_scale, "last_object": last_object}
     return Images(source, shape, count, seed, preparation or Preparation(), found, **options)
+
+
+def chain(parts: Sequence[Images]) -> Images:
+    """Put streams one after the other: a training part before its test part, for probes that train on the first images.
+
+    Args:
+        parts: Streams of images of one size, prepared in the same way and drawn by the same seed.
+
+    Returns:
+        One stream; its background, boxes and masks are those of the parts.
+
+    Raises:
+        InputError: For scenes, whose number alone says which they are, and parts of different sizes or preparations.
+    """
+    first = parts[0]
+    sources = [(p.source, p.count) for p in parts if p.source is not None]
+    if len(sources) < len(parts):
+        raise InputError("scenes are one stream: ask for more of them instead of joining some")
+    bare = [replace(p, name="", count=None, source=None, skipped=[], unused=[]) for p in parts]
+    if any(p != bare[0] for p in bare):
+        raise InputError(f"parts of {first.name} differ in more than their images: open them with the same options")
+    counts = [p.count for p in parts]
+    total = None if None in counts else sum(c for c in counts if c is not None)
+    return replace(first, source=Chain(sources), count=total, skipped=[], unused=[])

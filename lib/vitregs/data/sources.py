@@ -235,6 +235,25 @@ class Photographs:
             yield Item(name, file)
 
 
+class Chain:
+    """Sources one after the other, as a training part and a test part: each with how many of its images are drawn."""
+
+    def __init__(self, parts: Sequence[tuple[Source, int | None]]) -> None:
+        """Take (source, count) in order; a count of None stands for all."""
+        self.parts = parts
+        self.passed = [name for source, _ in parts for name in source.passed]
+        self.others, self.classes = list[str](), parts[0][0].classes
+
+    def fingerprint(self, count: int | None, seed: int) -> str:
+        """Hash the content of the parts, and how many images are drawn of each."""
+        return _digest([(source.fingerprint(number, seed), number) for source, number in self.parts])
+
+    def items(self, count: int | None, seed: int) -> Iterator[Item]:
+        """Yield the images of each part in the order drawn by the seed, at most `count` in all."""
+        drawn = (item for source, number in self.parts for item in source.items(number, seed))
+        return islice(drawn, count)
+
+
 def _split_folders(root: Path, images: Sequence[Path]) -> dict[str, Path]:
     """Folders that are splits: root, its images → {split: folder}; empty unless all images lie in such."""
     tops = {root / p.relative_to(root).parts[0] for p in images}

@@ -25,6 +25,7 @@ PROJECTIONS = ("key", "query", "value")
 RULES = ("zero", "centre", "best")  # of a bias; the last is chosen on the first half of the images
 SIDES = ("y0", "x0", "y1", "x1")
 BIASES = tuple(np.round(np.linspace(-1, 0, 21), 2))  # on features of length 1, where -1 keeps nothing
+UNIT_BIASES = (0.0, -0.05, -0.1, -0.2, -0.3, -0.5)  # the few of `by_setting`
 OVERLAP = 0.5  # intersection over union that makes a hit
 CACHE, MEMORY = 2**21, 2**28  # numbers in the Gram matrices of a chunk: on a CPU, near its cache; on a GPU
 
@@ -252,6 +253,12 @@ def baselines(truth: Sequence[np.ndarray], size: tuple[int, int], *, draws: int 
     return xr.DataArray(np.stack(hits), dims=("rule", "image"), coords={"rule": list(boxes)}, name="hit")
 
 
+def covered(boxes: xr.DataArray, size: tuple[int, int]) -> xr.DataArray:
+    """Share of the image that a box covers: boxes [..., side], image (height, width) in pixels → [...] in [0, 1]."""
+    y0, x0, y1, x1 = (boxes.sel(side=s, drop=True) for s in SIDES)
+    return ((y1 - y0) * (x1 - x0) / (size[0] * size[1])).rename("covered")
+
+
 def ground_truth_boxes(images: Images) -> list[np.ndarray]:
     """True boxes of every image: → a list of (objects, 4), y0, x0, y1, x1 in pixels; empty where none are known."""
     return [boxes for batch in images.batches() for boxes in batch.boxes]
@@ -316,6 +323,65 @@ def evaluate(
     used = preferred(backbone) if projection == "auto" else projection
     joined = xr.concat(parts, "projection", coords="minimal", compat="override")
     return joined.assign_coords(projection=list(PROJECTIONS), used=used)
+
+
+def by_setting(
+    backbone: Backbone,
+    images: Images,
+    *,
+    layer: int = -1,
+    biases: Sequence[float] = UNIT_BIASES,
+    candidates: int = 100,
+) -> xr.Dataset:
+    """LOST under every setting, with what a score alone hides: how much of the image its box covers, and what boxes score
+    that look at nothing.
+
+    A bias near 0 lets a network whose features all agree answer with the whole image, which is right on many a photograph.
+
+    Args:
+        backbone: a network.
+        images: with boxes of their objects.
+        layer: block whose queries, keys and values are features.
+        biases: on features of length 1.
+        candidates: patches that may join the seed.
+
+    Returns:
+        hit and covered [projection, setting, image], of the settings "bias 0" and "centred" on features as they are, and
+        "length 1, centred" and "length 1, bias B" on features of length 1; baseline [rule, image], hits of `baselines`.
+        Hits are nan for images without a true box.
+
+    Raises:
+        InputError: if no image has a true box, and as `lost` does.
+    """
+    ways: dict[str, dict[str, Any]] = {"bias 0": {"bias": 0.0}, "centred": {"bias": "centre"}}
+    ways["length 1, centred"] = {"bias": "centre", "normalise": True}
+    ways |= {f"length 1, bias {b:g}": {"bias": b, "normalise": True} for b in biases}
+    given: Any = {"patch_size": backbone.patch_size, "candidates": candidates, "device": str(backbone.device)}
+    truth: list[np.ndarray] = []
+    boxes: list[xr.DataArray] = []
+    for part, seen in capture.stream(backbone, images, qkv=PROJECTIONS, qkv_layers=[layer], kinds="patch"):
+        truth += part.boxes
+        features = seen["qkv"].isel(qkv_layer=0).rename(qkv_channel="channel")
+        found = [
+            xr.concat(
+                [lost(features.sel(projection=p, drop=True), **given, **way)["box"] for way in ways.values()], "setting"
+            )
+            for p in PROJECTIONS
+        ]
+        boxes.append(xr.concat(found, "projection"))
+    box = xr.concat(boxes, "image").assign_coords(projection=list(PROJECTIONS), setting=list(ways))
+    hit = [
+        xr.concat([corloc(box.sel(projection=p, setting=w), truth, size=images.size)["hit"] for w in ways], "setting")
+        for p in PROJECTIONS
+    ]
+    return xr.Dataset(
+        {
+            "hit": xr.concat(hit, "projection", coords="minimal", compat="override"),
+            "covered": covered(box, images.size).astype(np.float32),
+            "baseline": baselines(truth, images.size),
+        },
+        coords={"model": backbone.name, "projection": list(PROJECTIONS), "setting": list(ways)},
+    )
 
 
 def evaluate_full_size(

@@ -13,6 +13,7 @@ import xarray as xr
 from scipy.ndimage import gaussian_filter
 from sklearn.cluster import KMeans
 
+from vitregs import arrays
 from vitregs.arrays import KINDS, patch_maps
 from vitregs.data import ground_truth
 from vitregs.data.images import Images
@@ -70,6 +71,27 @@ def of_network(backbone: Backbone, images: Images) -> xr.Dataset:
         What `things` gives, with the name of the network.
     """
     return ground_truth.object_truth(images, backbone.grid(images.size)).assign_coords(model=backbone.name)
+
+
+def background_shares(backbone: Backbone, images: Images) -> xr.DataArray:
+    """Share of background (mask 0) in every patch of a network, for arrays that are drawn without their images.
+
+    Args:
+        backbone: its grid is used.
+        images: what it would see.
+
+    Returns:
+        [image, token] of patches, in [0, 1], nan for an image without a mask.
+
+    Raises:
+        InputError: if no image has a mask.
+    """
+    grid = backbone.grid(images.size)
+    found = images.background(grid)
+    if found is None:
+        raise InputError(f"not one image of {images.name} has a mask to tell background by")
+    coords = arrays.token_coords(["patch"] * (grid[0] * grid[1]), grid)
+    return xr.DataArray(found, dims=("image", "token"), coords=coords, name="background")
 
 
 def first_queries(maps: xr.DataArray, count: int) -> list[int]:
