@@ -248,6 +248,21 @@ def test_segmentation_is_that_of_the_dense_probe(vit: Backbone, source: Given) -
     assert "0 images of given have a mask" in problem(probed.segments_by_dose, vit, bare)
 
 
+def test_pictures_are_of_the_first_images(vit: Backbone, source: Given) -> None:
+    found = remedies.pictures_by_dose(vit, source, doses=[0, 8], projection="key", count=3)
+    norms = capture.norms(test_time.append(vit, 8), source.parts.pixels[:3], layers=[5]).isel(layer=0)
+    np.testing.assert_allclose(found["norm"].sel(dose=8), arrays.patch_maps(norms), rtol=1e-3)
+    assert found["attention"].shape == (2, 3, 6, 8)
+    whole = remedies.lost_by_dose(vit, source, doses=[0, 8], projection="key")["covered"].values[:, :3]
+    box = found["box"].transpose("dose", "image", "side").values
+    np.testing.assert_allclose((box[..., 2] - box[..., 0]) * (box[..., 3] - box[..., 1]) / (48 * 64), whole, rtol=1e-6)
+    moved = remedies.pictures_by_change(vit, source, neurons=NEURONS, count=12)
+    top = moved["norm"].max(("y", "x")).mean("image")
+    assert float(top.sel(change="+tt1")) < 0.5 * float(top.sel(change="+zero1"))
+    wrong = {"neurons": NEURONS, "changes": ["+tt2"]}
+    assert "unknown change '+tt2'" in problem(remedies.pictures_by_change, vit, source, **wrong)
+
+
 # --- tables and figures
 def test_the_table_holds_the_planted_numbers() -> None:
     share = np.array([[0.04] * 4, [0.0] * 4], np.float32)

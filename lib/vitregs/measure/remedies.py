@@ -13,7 +13,7 @@ import xarray as xr
 
 from vitregs import arrays
 from vitregs.data.images import Batch, Images
-from vitregs.errors import InputError
+from vitregs.errors import InputError, unknown
 from vitregs.measure import attention, lost, outliers
 from vitregs.models import capture, test_time
 from vitregs.models.backbone import Backbone
@@ -186,8 +186,8 @@ def artifact_by_dose(
     Returns:
         [dose, image]: share and above (of the patches, above the ratio and above the cut-off; nan where there is none), largest
         (norm over median), sink (attention received by the patch that receives most, of all queries, largest over heads, in
-        fair shares) and cls (of the attention of CLS to patches, what the most attended one takes, mean over heads, in fair shares
-        of the patches; nan without CLS); register (mean norm of the appended tokens, nan without any). cutoff is a norm.
+        fair shares) and cls (of the attention of CLS to patches, what the most attended one takes, mean over heads, in fair
+        shares of the patches; nan without CLS); register (mean norm of the token, nan without one). cutoff is a norm.
 
     Raises:
         InputError: As `dosed` and `capture` do.
@@ -372,3 +372,79 @@ def interventions(
     found = _artifact(variants, images, "change", **how)
     found = _agree(found, "change") if "named" in found else found
     return found.assign_coords(model=backbone.name)
+
+
+# --- what can be looked at
+def _pictures(variants: Variants, images: Images, dim: str, projection: str, count: int) -> xr.Dataset:
+    """Norms, CLS attention and boxes of the first images with all variants."""
+    first = next(images.batches(count))
+    found = []
+    for network in variants.values():
+        what: dict[str, Any] = {"norms": [-1], "qkv": projection, "batch": len(first.pixels)}
+        seen = capture.capture(network, first.pixels, **what | ({"attention": ["cls"]} if network.has_cls else {}))
+        maps = {"norm": arrays.patch_maps(seen["norms"].isel(layer=0, drop=True))}
+        if network.has_cls:
+            rows = seen["attention"].isel(attention_layer=0, query=0, drop=True).mean("head")
+            maps["attention"] = arrays.patch_maps(rows)
+        features = seen["qkv"].isel(qkv_layer=0, projection=0, drop=True).rename(qkv_channel="channel")
+        how: dict[str, Any] = {"bias": "centre", "normalise": True, "device": str(network.device)}
+        maps["box"] = lost.lost(features, patch_size=network.patch_size, **how)["box"]
+        found.append(xr.Dataset({k: v.drop_vars(["model", "token"], errors="ignore") for k, v in maps.items()}))
+    return xr.concat(found, dim).assign_coords({dim: list(variants)}).assign_attrs(projection=projection)
+
+
+def pictures_by_dose(
+    backbone: Backbone, images: Images, *, doses: Sequence[float] = (0, 8), projection: str = "auto", count: int = 4
+) -> xr.Dataset:
+    """The first images as networks with zero tokens see them, to draw.
+
+    Args:
+        backbone: A network without registers.
+        images: Their first are used.
+        doses: Numbers of tokens, 0 for the network as it is.
+        projection: Features of LOST, "auto" for the paper's choice.
+        count: How many images.
+
+    Returns:
+        norm and attention [dose, image, y, x], of the last layer, of CLS and the mean over heads (without CLS there is none), and
+        box [dose, image, side] of LOST in pixels, on features of length 1 with a centred bias.
+
+    Raises:
+        InputError: As `dosed` and `lost.lost` do.
+    """
+    which = lost.preferred(backbone) if projection == "auto" else projection
+    return _pictures(dosed(backbone, doses), images, "dose", which, count).assign_coords(model=backbone.name)
+
+
+def pictures_by_change(
+    backbone: Backbone,
+    images: Images,
+    *,
+    neurons: Mapping[str, Sequence[int]] | None = None,
+    changes: Sequence[str] = ("untouched", "+zero1", "+tt1"),
+    projection: str = "auto",
+    count: int = 4,
+) -> xr.Dataset:
+    """The first images as networks with moved neurons see them, to draw.
+
+    Args:
+        backbone: A network without registers.
+        images: Their first are used.
+        neurons: As in `interventions`.
+        changes: Those of `treated` that are wanted.
+        projection: As in `pictures_by_dose`.
+        count: How many images.
+
+    Returns:
+        As `pictures_by_dose`, [change, image, …].
+
+    Raises:
+        InputError: As `treated` does, and for an unknown change.
+    """
+    known = treated(backbone, neurons)
+    for change in changes:
+        if change not in known:
+            raise unknown("change", change, known)
+    which = lost.preferred(backbone) if projection == "auto" else projection
+    wanted = {change: known[change] for change in changes}
+    return _pictures(wanted, images, "change", which, count).assign_coords(model=backbone.name)
