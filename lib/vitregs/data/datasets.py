@@ -131,6 +131,9 @@ SETS: Mapping[str, RealSet] = {
     "Tiny-ImageNet": RealSet("zh-plus/tiny-imagenet", test="valid"),
 }
 
+# Class of ImageNet-1k for each of Imagenette's labels, which are in the order of their WordNet names
+IMAGENETTE = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
+
 
 def open_set(
     name: str,

@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.models import get_pretrained_cfg
 
-from vitregs.models import registry
+from vitregs.models import registry, test_time
 
 REGISTERS = re.compile(r"_reg(\d+)")  # in the name of a published architecture or of its weights
 
@@ -16,11 +16,14 @@ def register_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
     Two networks of the zoo are a pair if their stored recipes and the content of their images agree in all but the name and the
     number of registers, which is 0 for one of them. Two published networks are a pair if timm's names of architecture and
-    weights agree once "_reg4" is left out. What is neither in the zoo nor known to timm has no partner.
+    weights agree once "_reg4" is left out. A network is a pair with itself and test-time registers ("+tt1", "+zero8"). What is
+    neither in the zoo nor known to timm has no other partner.
 
     Example:
         >>> register_pairs(["clip-pico", "mae-pico-reg4", "clip-pico-reg4", "clip-pico-reg1"])
         [('clip-pico', 'clip-pico-reg4'), ('clip-pico', 'clip-pico-reg1')]
+        >>> register_pairs(["mae-pico", "mae-pico+zero8"])
+        [('mae-pico', 'mae-pico+zero8')]
     """
     told = {name: _facts(name) for name in names}
     return [
@@ -44,17 +47,22 @@ def comparable(first: str, names: Iterable[str]) -> list[str]:
 
 def _facts(name: str) -> tuple[int, dict[str, Any]]:
     """Number of registers, and all else that a partner must share."""
+    network, ending = test_time.split(name)
+    if ending:
+        registers, facts = _facts(network)
+        return registers + test_time.appended(ending), {**facts, "suppressed": "suppressed" in ending}
     if name in registry.zoo():
         card = registry.card(name)
         rest = {k: v for k, v in card["recipe"].items() if k not in ("name", "registers")}
-        return int(card["recipe"]["registers"]), {**rest, "fingerprint": card.get("images", {}).get("fingerprint")}
+        facts = {**rest, "fingerprint": card.get("images", {}).get("fingerprint"), "suppressed": False}
+        return int(card["recipe"]["registers"]), facts
     known = get_pretrained_cfg(name)
     if known is None:
-        return 0, {"name": name}
+        return 0, {"name": name, "suppressed": False}
     names = {"architecture": f"_{known.architecture}", "tag": f"_{known.tag}"}
     found = REGISTERS.search(names["architecture"])
     words = {k: REGISTERS.sub("", part) for k, part in names.items()}
-    return int(found[1]) if found else 0, words
+    return int(found[1]) if found else 0, {**words, "suppressed": False}
 
 
 def _agree(one: dict[str, Hashable], two: dict[str, Hashable]) -> bool:

@@ -182,8 +182,9 @@ def _broken(folder: Path) -> InputError:
 def words(name: str) -> dict[str, Tensor] | None:
     """The text side of a zoo model for zero-shot classification: name → project (embed, width) and prompts (classes, embed), unit
     vectors in the order of scenes.CLASSES; None for a model without."""
-    file = ZOO / name / "words.safetensors"
-    return read(file)[0] if name in zoo() and file.exists() else None
+    network, _ = test_time.split(name)  # appended tokens leave words as they are
+    file = ZOO / network / "words.safetensors"
+    return read(file)[0] if network in zoo() and file.exists() else None
 
 
 def load(name: str, *, weights: str | Path | None = None, device: str = "auto") -> Backbone:
@@ -241,9 +242,9 @@ def _label(bare: str, path: Path, found: str) -> str:
 def random(name: str, *, seed: int = 0, **options: Any) -> Backbone:
     """Make a timm ViT with random weights, for tests and for chance levels: name, seed, timm's options → Backbone.
 
-    The weights that a name brings along (NAME@…) do not matter.
+    The weights that a name brings along (NAME@…) do not matter, nor does what changes a network (NAME+tt1).
     """
-    name = name.partition("@")[0]
+    name = test_time.split(name)[0].partition("@")[0]
     check(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

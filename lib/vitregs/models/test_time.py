@@ -9,7 +9,8 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
@@ -86,6 +87,8 @@ def read_list(path: Path) -> NeuronList:
         raise InputError(f"{path} is no list of register neurons: make one with vitregs neurons") from error
     if {b: len(n) for b, n in neurons.items()} != {b: len(n) for b, n in lengths.items()}:
         raise InputError(f"{path} is no list of register neurons: its neurons and lengths differ in number")
+    if not any(neurons.values()):
+        raise InputError(f"{path} names no neurons: there is nothing to move, +zero1 appends a token alone")
     return found
 
 
@@ -152,18 +155,35 @@ class _Insert(nn.Module):
 
 
 class _Appended:
-    """A ViT of timm whose position table knows nothing of the appended tokens."""
+    """A ViT of timm whose positions and pooling know nothing of the appended tokens."""
 
     appended: int
     num_prefix_tokens: int
 
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """Set the size as timm does, at which the prefix is that of the position table."""
+    @contextmanager
+    def _own_prefix(self) -> Iterator[None]:
+        """Count the prefix as the original network does."""
         self.num_prefix_tokens -= self.appended
         try:
-            super().set_input_size(*args, **kwargs)  # type: ignore[misc]
+            yield
         finally:
             self.num_prefix_tokens += self.appended
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Set the size as timm does."""
+        with self._own_prefix():
+            super().set_input_size(*args, **kwargs)  # type: ignore[misc]
+
+    def _pos_embed(self, *args: Any, **kwargs: Any) -> Any:
+        """Add positions as timm does, which may resize them to the image."""
+        with self._own_prefix():
+            return super()._pos_embed(*args, **kwargs)  # type: ignore[misc]
+
+    def pool(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Pool as timm does, without the appended tokens: attention pooling reads all that it is given."""
+        with self._own_prefix():
+            at = self.num_prefix_tokens
+            return super().pool(torch.cat([x[:, :at], x[:, at + self.appended :]], 1), *args, **kwargs)  # type: ignore[misc]
 
 
 def _twin(net: nn.Module) -> Any:
@@ -181,7 +201,8 @@ def _changed(backbone: Backbone, net: nn.Module, ending: str, settings: Any) -> 
 
 
 def _plain(neurons: Blocks) -> dict[int, list[int]]:
-    return {int(b): sorted(int(j) for j in n) for b, n in sorted(neurons.items()) if len(n)}
+    """Each neuron once, in order: one that was moved twice would be lost."""
+    return {int(b): sorted({int(j) for j in n}) for b, n in sorted(neurons.items()) if len(n)}
 
 
 def _mover(numbers: list[int], at: int, count: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -281,8 +302,9 @@ def append(
     for part in net.blocks.modules():
         if hasattr(part, "num_prefix_tokens"):  # rotary attention leaves these tokens unrotated
             part.num_prefix_tokens += count
-    for block in net.blocks if weight != 1 else []:
-        block.attn.register_forward_pre_hook(_weigh(math.log(weight), backbone.prefix), with_kwargs=True)
+    if weight != 1:
+        for part in [m for m in net.blocks.modules() if hasattr(m, "fused_attn")]:  # timm's mark of an attention
+            part.register_forward_pre_hook(_weigh(math.log(weight), backbone.prefix), with_kwargs=True)
     for block, numbers in moved.items():
         net.blocks[block - 1].mlp.fc2.register_forward_pre_hook(_mover(numbers, backbone.prefix, count))
     amount = f"{weight:g}" if weight != 1 else str(count)
@@ -353,6 +375,13 @@ def split(name: str) -> tuple[str, str]:
     return (match["network"], name[len(match["network"]) :]) if match else (name, "")
 
 
+def appended(ending: str) -> int:
+    """Count the tokens that an ending appends: "+zero8" → 8, "+suppressed" → 0; one of any weight is one."""
+    match = NAME.fullmatch(f"network{ending}")
+    count = float(match["count"]) if match else 0.0
+    return int(count) if count.is_integer() else 1
+
+
 def check_ending(name: str, ending: str) -> None:
     """Raise InputError for an ending that says nothing `apply` can do: name of the network, its ending."""
     match = NAME.fullmatch(name + ending)
@@ -375,7 +404,8 @@ def list_of(name: str, ending: str) -> Path:
         if not Path(given).is_file():
             raise InputError(f"cannot read the neuron list {given}: there is no such file")
         return Path(given)
-    bare = name.partition("@")[0].split(".")[0]
+    folder = Path(name).expanduser()  # of a network trained here
+    bare = folder.resolve().name if (folder / "recipe.json").is_file() else name.partition("@")[0].split(".")[0]
     path = LISTS / f"{bare}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in LISTS.glob("*.json"))) or "none"

@@ -1,6 +1,18 @@
 """What chapters print and draw: a module a subject holds its tables and its figures (`plot_…`)."""
 
-from vitregs.report import attention, features, format, lost, norms, registers, style, tokens, training, transfer
+from vitregs.report import (
+    attention,
+    features,
+    format,
+    lost,
+    norms,
+    registers,
+    remedies,
+    style,
+    tokens,
+    training,
+    transfer,
+)
 
 __all__ = [
     "attention",
@@ -9,6 +21,7 @@ __all__ = [
     "lost",
     "norms",
     "registers",
+    "remedies",
     "style",
     "tokens",
     "training",

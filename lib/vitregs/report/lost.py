@@ -107,7 +107,7 @@ def lengths(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
 STEPS = {"score": "LOST score", "similarity": "similarity to seed", "expansion": "seed expansion"}
 
 
-def _frame(axis: Axes, box: np.ndarray, colour: Any, line: str = "-") -> None:
+def frame(axis: Axes, box: np.ndarray, colour: Any, line: str = "-") -> None:
     """A box (y0, x0, y1, x1) in pixels; axes end outside it, so that a box around the whole image can be seen."""
     y0, x0, y1, x1 = (float(v) for v in box)
     axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=colour, lw=1.6, ls=line, clip_on=False))
@@ -125,14 +125,14 @@ def _map(axis: Axes, found: xr.Dataset, step: str, size: Sequence[int]) -> None:
     else:
         top = max(float(np.abs(values).max()), 1e-12)
         axis.imshow(values, cmap="coolwarm", vmin=-top, vmax=top, interpolation="nearest", extent=extent)
-        _frame(axis, found["box"].values, "black")
+        frame(axis, found["box"].values, "black")
 
 
 def _image(axis: Axes, image: np.ndarray, truth: np.ndarray) -> None:
     axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
     axis.set_title("image", fontsize=8)
     for box in truth:
-        _frame(axis, box, PALETTE[2], "--")
+        frame(axis, box, PALETTE[2], "--")
 
 
 def _title(name: str) -> str:

@@ -1,0 +1,171 @@
+"""Remedies at test time, zero tokens by number and moved neurons (beside Fig 8): tables and figures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.figure import Figure
+
+from vitregs import arrays
+from vitregs.data import published
+from vitregs.measure import remedies
+from vitregs.report.format import cell
+from vitregs.report.lost import frame
+from vitregs.report.style import PALETTE, axes_grid, blank, plot_images
+from vitregs.report.transfer import FIG_8
+
+# Quantity of a measured data set → what it is called, its factor, its digits; largest is a median over images, others are means
+QUANTITIES: Mapping[str, tuple[str, float, int]] = {
+    "share": ("patches above {ratio:g} x the median, %", 100, 2),
+    "above": ("patches above the cut-off, %", 100, 2),
+    "largest": ("largest / median norm", 1, 2),
+    "cls": ("CLS attention, largest, fair shares", 1, 1),
+    "sink": ("attention sink, fair shares", 1, 1),
+    "register": ("norm of the token", 1, 1),
+    "right": ("top-1, %", 100, 1),
+    "agrees": ("agrees with the untouched network, %", 100, 1),
+    "hit": ("CorLoc, %", 100, 1),
+    "miou": ("segmentation, mIoU %", 100, 1),
+}
+
+
+def _title(data: xr.Dataset, name: str) -> str:
+    return QUANTITIES[name][0].format(ratio=float(data.attrs.get("ratio", np.nan)))
+
+
+def _interval(data: xr.Dataset, name: str, at: dict[str, Any]) -> tuple[float, float, float]:
+    """One quantity of one variant, in the unit of the table: value, low, high; nan where no image tells it."""
+    factor = QUANTITIES[name][1]
+    one = data.sel(at)
+    if "low" in one and name == "miou":
+        return factor * float(one["miou"]), factor * float(one["low"]), factor * float(one["high"])
+    values = one[name].values.astype(float)
+    there = values[np.isfinite(values)]
+    if not len(there):
+        return np.nan, np.nan, np.nan
+    return arrays.bootstrap_interval(factor * there, of=np.median if name == "largest" else np.mean)
+
+
+def _against(data: xr.Dataset, name: str, dim: str, label: Any) -> tuple[float, float, float]:
+    """A quantity minus that of the first variant, on the same images: value, low, high."""
+    gap = (data[name].sel({dim: label}) - data[name].isel({dim: 0}, drop=True)).values.astype(float)
+    there = gap[np.isfinite(gap)]
+    if not len(there):
+        return np.nan, np.nan, np.nan
+    return arrays.bootstrap_interval(QUANTITIES[name][1] * there)
+
+
+def table(*found: xr.Dataset) -> pd.DataFrame:
+    """Every quantity of every variant with 95 % intervals over images: data sets of `measure.remedies` and `probes.remedies` of
+    one network, on whatever images → a row a dose or a change.
+
+    Beside top-1 stands its difference to the first row, on the same images; beside CorLoc the median share of the image that
+    boxes cover, and CorLoc of a box around the whole image, which must be read together.
+    """
+    dim = "dose" if "dose" in found[0].dims else "change"
+    rows: dict[Any, dict[str, str]] = {label: {} for label in found[0][dim].values}
+    for data in found:
+        for label in data[dim].values:
+            row = rows.setdefault(label, {})
+            for name in [q for q in QUANTITIES if q in data]:
+                row[_title(data, name)] = cell(_interval(data, name, {dim: label}), QUANTITIES[name][2])
+                if name == "right" and label != data[dim].values[0]:
+                    row["top-1, points gained"] = cell(_against(data, name, dim, label), 1, "+")
+            if "covered" in data:
+                row["covered, %"] = f"{100 * float(data['covered'].sel({dim: label}).median()):.0f}"
+                there = data["whole"].values[data["whole"].notnull().values]
+                row["whole image, %"] = f"{100 * there.mean():.1f}" if len(there) else "–"
+    frame = pd.DataFrame.from_dict(rows, orient="index").fillna("–")
+    frame = frame.loc[:, (frame != "–").any()]
+    frame.index = pd.Index([f"{k:g}" if dim == "dose" else k for k in rows], name="tokens" if dim == "dose" else "")
+    return frame
+
+
+def flips(answers: xr.Dataset) -> pd.DataFrame:
+    """Where a change in accuracy comes from: `answers_by_dose` or `interventions` → a row a variant: answers lost and won in per
+    cent of the images, and the margin that they had before."""
+    dim = "dose" if "dose" in answers.dims else "change"
+    found = remedies.flips(answers, dim)
+    rows = {}
+    for label in found[dim].values[1:]:
+        one = found.sel({dim: label})
+        rows[f"{label:g}" if dim == "dose" else label] = {
+            "lost, %": f"{100 * float(one['lost']):.1f}",
+            "won, %": f"{100 * float(one['won']):.1f}",
+            "margin of those lost, before": _plain(one["margin_lost"]),
+            "margin of those kept, before": _plain(one["margin_kept"]),
+            "mean change of the margin": _plain(one["shift"], "+"),
+        }
+    return pd.DataFrame(rows).T.rename_axis("tokens" if dim == "dose" else "")
+
+
+def _plain(value: xr.DataArray, sign: str = "") -> str:
+    return "–" if bool(value.isnull()) else f"{float(value):{sign}.2f}"
+
+
+def curves(*found: xr.Dataset) -> pd.DataFrame:
+    """Quantities over the number of zero tokens, and the paper's Fig 8 over the number of trained registers: data sets of one
+    network → rows source, panel, tokens, value, low, high (nan for values read off a plot)."""
+    rows: list[dict[str, Any]] = []
+    paper = published.table("tables")
+    for panel, quantity in FIG_8.items():
+        for _, r in paper[(paper["table"] == "fig_8") & (paper["quantity"] == quantity)].iterrows():
+            row = {"source": "paper", "panel": panel, "tokens": float(r["registers"]), "value": float(r["value"])}
+            rows.append(row | {"low": np.nan, "high": np.nan})
+    for data in found:
+        for name in [q for q in QUANTITIES if q in data and q not in ("above", "agrees")]:
+            for dose in data["dose"].values:
+                value, low, high = _interval(data, name, {"dose": dose})
+                row = {"source": "ours", "panel": _title(data, name), "tokens": float(dose), "value": value}
+                rows.append(row | {"low": low, "high": high})
+    return pd.DataFrame(rows).dropna(subset="value")
+
+
+def plot_doses(curve_table: pd.DataFrame) -> Figure:
+    """Quantities over the number of tokens: rows of `curves` → Figure, the paper's panels (Fig 8, trained registers) first, then
+    ours (zero tokens); bands are 95 % intervals over images."""
+    panels = list(dict.fromkeys(zip(curve_table["source"], curve_table["panel"], strict=True)))
+    columns = 3
+    lines = -(-len(panels) // columns)
+    figure, axes = axes_grid(lines, columns, 2.9 * columns, 2.2 * lines)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (source, panel) in zip(axes.flat, panels, strict=False):
+        part = curve_table[(curve_table["source"] == source) & (curve_table["panel"] == panel)].sort_values("tokens")
+        at, colour = np.arange(len(part)), PALETTE[1 if source == "paper" else 0]
+        axis.plot(at, part["value"], "o-", ms=4, color=colour)
+        axis.fill_between(at, part["low"], part["high"], color=colour, alpha=0.2, lw=0)
+        axis.set(xticks=at, xticklabels=[f"{n:g}" for n in part["tokens"]])
+        axis.set_title(f"{panel} (paper)" if source == "paper" else panel, fontsize=8)
+        axis.set_xlabel("trained registers" if source == "paper" else "zero tokens", fontsize=8)
+    return figure
+
+
+def plot_before_and_after(
+    images: np.ndarray, found: Mapping[str, xr.DataArray], label: str, colours: str = "viridis"
+) -> Figure:
+    """Maps of a network and of its variants on one scale, so that what is gone can be seen: images (n, H, W, 3), {variant: maps
+    [image, y, x]}, what they show → Figure with a row an image."""
+    maps = {name: a.transpose("image", "y", "x").values for name, a in found.items()}
+    low, high = min(m.min() for m in maps.values()), max(m.max() for m in maps.values())
+    limits = {name: (float(low), float(high)) for name in maps}
+    return plot_images(images, maps, limits=limits, colours=colours, label=label)
+
+
+def plot_boxes(
+    images: np.ndarray, found: Mapping[str, xr.DataArray], truth: Mapping[int, np.ndarray] | None = None
+) -> Figure:
+    """Boxes that LOST finds with each variant: images (n, H, W, 3), {variant: boxes [image, side] in pixels}, {number of an
+    image: true boxes (objects, 4)} → Figure with a row a variant; true boxes are dashed."""
+    figure, axes = axes_grid(len(found), len(images), 1.5 * len(images), 1.6 * len(found) + 0.2, layout="compressed")
+    for line, (name, boxes) in zip(axes, found.items(), strict=True):
+        for i, (axis, image) in enumerate(zip(line, images, strict=True)):
+            axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
+            blank(axis)
+            for box in (truth or {}).get(i, ()):
+                frame(axis, box, PALETTE[2], "--")
+            frame(axis, boxes.transpose("image", "side").values[i], PALETTE[3])
+        line[0].set_ylabel(name, fontsize=8)
+    return figure
