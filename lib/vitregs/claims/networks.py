@@ -19,10 +19,11 @@ from vitregs import cache, paths
 from vitregs.data import datasets, images
 from vitregs.data.images import Images
 from vitregs.errors import InputError, unknown
-from vitregs.measure import attention, lost, norms, object_attention, pca
+from vitregs.measure import attention, diagnose, lost, norms, object_attention, pca, remedies
 from vitregs.models import capture
 from vitregs.models.backbone import Backbone
 from vitregs.probes import classification, local, transfer
+from vitregs.probes import remedies as probes_of_remedies
 
 FOLDER = paths.ROOT / "data" / "results" / "published"
 Measured = xr.DataArray | xr.Dataset
@@ -67,6 +68,7 @@ class Entry:
         function: of a module, as `book.chapter.Run.measure` takes it.
         images: one of IMAGE_SETS.
         keywords: of the function, plain values.
+        bare: whether it is asked of networks without registers alone, as what appending tokens to them does.
         half: whether numbers are kept in half precision (3 digits), read as float32: long arrays that are drawn or ranked.
     """
 
@@ -74,6 +76,7 @@ class Entry:
     images: str
     keywords: Mapping[str, Any] = field(default_factory=dict)
     half: bool = False
+    bare: bool = False
 
 
 def _tokens(task: str) -> dict[str, Any]:
@@ -83,6 +86,7 @@ def _tokens(task: str) -> dict[str, Any]:
 
 TRANSFER = {"layer": -1, "final_norm": True, "steps": 400, "bins": 16, "head": "softmax"}  # as chapter 8 has them
 CLS = {"queries": ["cls"]}
+HEAD = {"classes": list(datasets.IMAGENETTE), "skip": 1000}  # the part that was not trained on, as the head names it
 ENTRIES: Mapping[str, Entry] = {
     # pictures: photographs
     "norms_on_photographs": Entry(capture.norms, "photographs", half=True),
@@ -105,6 +109,14 @@ ENTRIES: Mapping[str, Entry] = {
     "components": Entry(pca.of_patches, "coco", half=True),
     "local": Entry(local.probe, "coco"),
     "transfer": Entry(transfer.measure, "coco", TRANSFER),
+    # the artifact, its neurons, and what is done about it
+    "fingerprint": Entry(diagnose.fingerprints, "coco"),
+    "interventions": Entry(remedies.interventions, "coco", bare=True),
+    "artifact_by_dose": Entry(remedies.artifact_by_dose, "coco", bare=True),
+    "lost_by_dose": Entry(remedies.lost_by_dose, "coco", bare=True),
+    "segments_by_dose": Entry(probes_of_remedies.segments_by_dose, "coco", bare=True),
+    "interventions_on_imagenette": Entry(remedies.interventions, "imagenette", HEAD, bare=True),
+    "answers_by_dose": Entry(remedies.answers_by_dose, "imagenette", HEAD, bare=True),
     # what tokens know of the whole image
     "transfer_on_imagenette": Entry(transfer.measure, "imagenette", TRANSFER),
     "tokens_on_imagenette": Entry(classification.classify, "imagenette", _tokens("Imagenette")),
@@ -228,7 +240,7 @@ def measure_all(
                 "delete it, or choose another folder"
             )
     for name in only or ENTRIES:
-        if entry(name).images in sources:
+        if entry(name).images in sources and not (entry(name).bare and backbone.registers):
             measure(name, backbone, sources[entry(name).images], folder=folder)
             yield name, path(backbone.name, name, folder)
 
