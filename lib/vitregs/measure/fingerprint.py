@@ -100,7 +100,7 @@ class Fingerprint:
 
     def dataset(self) -> xr.Dataset:
         """Give the numbers as a Dataset, to be stored: value, low, high and control [part], the rest in attributes."""
-        rows = [self.parts[name] for name in PARTS]
+        rows = [self.parts.get(name, Part(name, "not measured", "there is no mode to ask of")) for name in PARTS]
         data = {
             k: ("part", np.array([getattr(p, k) for p in rows], float)) for k in ("value", "low", "high", "control")
         }
