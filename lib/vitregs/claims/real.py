@@ -281,7 +281,7 @@ def real_linear(folder: Path) -> Measured:
 @measure
 def real_segmentation(folder: Path) -> Measured:
     """Linear segmentation on COCO, points of mIoU: with minus without a test-time register."""
-    return _gain(folder, "transfer", "segmentation mIoU")
+    return _gain(folder, "transfer", "mask mIoU")
 
 
 def _changed(folder: Path, name: str, what: str, one: str, two: str) -> np.ndarray:
