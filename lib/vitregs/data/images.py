@@ -6,7 +6,7 @@ and what cannot be decoded or is not used is counted and reported.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -175,6 +175,11 @@ class Images:
                 shares.append(background_share(mask, grid))
         found = np.stack(shares)
         return None if np.isnan(found).all() else found
+
+    def first(self, count: int) -> "Images":
+        """The same source with fewer images: at most so many, the first of this order."""
+        fewer = count if self.count is None else min(count, self.count)
+        return replace(self, count=fewer, skipped=[], unused=[])
 
     def whole(self) -> Iterator[tuple[Item, Image.Image]]:
         """Yield items with their images as they are, upright RGB of 8 bits; those that cannot be decoded are left out."""

@@ -122,8 +122,8 @@ def search(
 
     Example:
         >>> import vitregs as vr
-        >>> vit = vr.load("hunt-pico")
-        >>> found = search(vit, vr.open_images("scenes", size=vit.size, count=16), cutoff=30.0)
+        >>> vit = vr.load("supervised-pico")
+        >>> found = search(vit, vr.open_images("scenes", size=vit.size, count=16), layer=1, cutoff=7.5)
         >>> found.share.dims
         ('block', 'neuron')
     """
