@@ -299,8 +299,9 @@ def diagnose(
     """Look for artifacts: norms, place and attention from one forward pass, then neurons and cause where there is a mode.
 
     The layer with the strongest mode decides, since in small ViTs middle blocks show what the last one hides. Neurons take
-    another pass and cause three more, over SEARCHED images at most; networks without a mode take one. The attention sink of a layer is the mean over images
-    of `sink` of `capture`; where the attention of a block cannot be watched, it is nan and the report says why.
+    another pass and cause three more, over SEARCHED images at most; networks without a mode take one. The attention sink of a
+    layer is the mean over images of `sink` of `capture`; where the attention of a block cannot be watched, it is nan and the
+    report says why.
 
     Args:
         backbone: The network.

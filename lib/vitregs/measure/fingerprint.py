@@ -173,8 +173,8 @@ def mode(norms: xr.DataArray, layers: pd.DataFrame) -> Part:
     rise = _rise(norms, marked, int(best.layer))
     sentence = (
         f"a second mode at {strength:.2f} x the median norm {_interval(low, high)} holds {100 * share[0]:.1f} % of the "
-        f"patches {_interval(100 * share[1], 100 * share[2], '.1f')}; a mode at {_span('layer', moded.min(), moded.max())}, these "
-        f"patches above the others from layer {rise}"
+        f"patches {_interval(100 * share[1], 100 * share[2], '.1f')}; a mode at {_span('layer', moded.min(), moded.max())}, "
+        f"these patches above the others from layer {rise}"
     )
     more = {
         "share": share[0],
@@ -397,8 +397,8 @@ def cause(left: xr.Dataset) -> Part:
     more = {"control_low": c_low, "control_high": c_high, "gap_low": gap[1], "gap_high": gap[2], "neurons": number}
     ends, c_ends = _interval(100 * low, 100 * high, ".0f"), _interval(100 * c_low, 100 * c_high, ".0f")
     words = (
-        f"with {_number(number, 'register neuron')} suppressed {100 * value:.0f} % of the marks go {ends}, with as many random ones "
-        f"{100 * control:.0f} % {c_ends}"
+        f"with {_number(number, 'register neuron')} suppressed {100 * value:.0f} % of the marks go {ends}, with as many random "
+        f"ones {100 * control:.0f} % {c_ends}"
     )
     yes, no = low > CAUSE and gap[1] > 0, high < CAUSE or gap[2] < 0
     return Part("cause", "for" if yes else "against" if no else "open", words, value, low, high, control, more)
