@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from PIL import Image
 from scipy.special import erfinv
 from timm.models.vision_transformer import ParallelThingsBlock
 
@@ -17,6 +19,7 @@ from tests import planted
 from vitregs import arrays
 from vitregs import cache as store
 from vitregs.data import images
+from vitregs.measure import diagnose as diagnosis
 from vitregs.measure import fingerprint, outliers
 from vitregs.measure.diagnose import Diagnosis, diagnose
 from vitregs.measure.fingerprint import CAUSE, FEW, PARTS, SINK, Fingerprint, Part
@@ -333,6 +336,32 @@ def test_what_was_not_asked_is_stored_as_unknown(make: Callable[[], Fingerprint]
 
 def _quick() -> Fingerprint:
     return diagnose(planted.network("content", 3.0), planted.images(48, 5), quick=True, progress=False).fingerprint
+
+
+def test_neurons_are_looked_for_in_the_first_images_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = registry.random("vit_tiny_patch16_224", depth=1, img_size=96)
+    source = images.open_images("scenes", size=96, count=12)
+    monkeypatch.setattr(diagnosis, "SEARCHED", 5)
+    for some in (source, torch.cat(list(source.pixels()))):
+        seen = diagnose(bare, some, cut=_typical(bare), progress=False)
+        assert (seen.image_count, seen.searched.attrs["images"]) == (12, 5)
+    assert (source.count, source.first(20).count) == (12, 12)
+
+
+@pytest.mark.parametrize("cut", [None, 1.0])
+def test_what_cannot_be_read_is_said_once(tmp_path: Path, cut: float | None) -> None:
+    """Whether or not neurons take further passes."""
+    for i in range(8):
+        noise = np.random.default_rng(i).integers(0, 255, (96, 96, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    bare = registry.random("vit_tiny_patch16_224", depth=1, img_size=96)
+    source = images.open_images(str(tmp_path), size=96)
+    cut = cut and _typical(bare)
+    with pytest.warns(UserWarning, match="skipped 1 of 9 images") as said:
+        seen = diagnose(bare, source, cut=cut, progress=False)
+    assert len(said) == 1
+    assert seen.skipped == ["bad.png"]
 
 
 # --- networks of other kinds
