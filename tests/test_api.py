@@ -290,7 +290,7 @@ def test_a_diagnosis_shows_itself(vit: Any, scenes: Any) -> None:
     found = vr.diagnose(vr.wrap(deepcopy(vit.net), "<b>mine</b> & co"), scenes)
     page = Tree(found._repr_html_())
     assert page.open == []
-    assert page.tags.count("tr") == 1 + len(found.layers)
+    assert page.tags.count("tr") == 1 + len(found.layers) + len(found.fingerprint.parts)
     assert "b" not in page.tags
     assert "<b>mine</b> & co" in page.words
     assert found.verdict in page.words

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vitregs import arrays
 from vitregs.errors import InputError
-from vitregs.measure import outliers, redundancy
+from vitregs.measure import fingerprint, outliers, redundancy
 from vitregs.measure.attention import attention_on, mass_mask, peak_share
 from vitregs.measure.mixture import Cutoff
 
@@ -122,7 +122,10 @@ def test_by_layer_finds_the_planted_layer():
     assert row["median"] == pytest.approx(float(np.median(at.values)))
     assert row["largest"] == pytest.approx(float(np.median(outliers.largest_ratio(norms).sel(layer=2))))
     assert row["top1"] == pytest.approx(row["largest"])  # one of 24 patches
-    assert outliers.verdict(table)[:2] == ("artifacts", 2)
+    found = fingerprint.mode(norms, table)
+    assert (found.answer, found.more["first_layer"], found.more["rise"]) == ("for", 2, 2)
+    assert found.value == pytest.approx(8, rel=0.05)
+    assert found.more["share"] == pytest.approx(1 / 24)
 
 
 def test_by_layer_with_a_named_cutoff():
@@ -130,15 +133,14 @@ def test_by_layer_with_a_named_cutoff():
     table = outliers.layer_evidence(norms, 25.0)
     assert (table["cutoff"] == 25).all()
     assert list(table["share"]) == pytest.approx([0, 3 / 24, 0])
-    word, layer, why = outliers.verdict(table)
-    assert (word, layer) == ("artifacts", 1)
-    assert why.startswith("12.50 % of the patch tokens lie above the named cut-off, typically at ")
+    assert fingerprint.strongest_mode(table).layer == 1
+    assert "holds 12.5 % of the patches" in fingerprint.mode(norms, table).sentence
 
 
 def test_by_layer_names_layers_by_label():
     table = outliers.layer_evidence(plant(some_norms(images=60), 1, 1, 8).sel(layer=[2, 1]))
     assert list(table["layer"]) == [2, 1]
-    assert outliers.verdict(table)[1] == 1
+    assert fingerprint.strongest_mode(table).layer == 1
 
 
 def evidence(**columns: list[float]) -> pd.DataFrame:
@@ -159,50 +161,33 @@ def evidence(**columns: list[float]) -> pd.DataFrame:
 def modes(ratio: list[float], share: list[float] | None = None) -> dict[str, list[float]]:
     held = share or [0.02 * (r > 0) for r in ratio]
     return {
-        "cutoff": [30.0 if r >= 2.5 else np.nan for r in ratio],
+        "cutoff": [30.0 if r else np.nan for r in ratio],
         "share": held,
         "separation": [8.0 * (r > 0) for r in ratio],
         "ratio": ratio,
     }
 
 
-def test_verdict_artifacts_at_the_strongest_layer():
-    word, layer, why = outliers.verdict(evidence(**modes([0.0, 4.5, 9.0, 5.0])))
-    assert (word, layer) == ("artifacts", 2)
-    assert why == "an outlier mode 9.0 x the median norm holds 2.00 % of the patch tokens (separation 8.0)"
+def test_the_strongest_mode_of_any_strength_decides():
+    for ratio, layer in (([0.0, 4.5, 9.0, 5.0], 2), ([0.0, 0.0, 1.8, 2.2], 3), ([9.0, 1.7, 0.0, 0.0], 1)):
+        assert fingerprint.strongest_mode(evidence(**modes(ratio))).layer == layer
 
 
-def test_verdict_is_inconclusive_for_a_mode_that_is_not_far():
-    assert outliers.verdict(evidence(**modes([0.0, 0.0, 3.0, 3.9])))[:2] == ("inconclusive", 3)
+def test_the_patch_embedding_and_an_empty_mode_do_not_count():
+    assert fingerprint.strongest_mode(evidence(**modes([9.0, 0.0, 0.0, 0.0]))) is None
+    assert fingerprint.strongest_mode(evidence(cutoff=[1e4] * 4)) is None  # named by hand, above all norms
+    assert fingerprint.strongest_mode(evidence()) is None
 
 
-def test_verdict_does_not_count_the_patch_embedding():
-    assert outliers.verdict(evidence(**modes([9.0, 0.0, 0.0, 0.0])))[:2] == ("none", 3)
+def test_none_where_nothing_stands_out():
+    found = fingerprint.mode(some_norms(), evidence())
+    assert found.answer == "against"
+    assert found.sentence == "no second mode at any layer; the largest norm is 1.8 x the median in a typical image"
 
 
-def test_verdict_none_where_nothing_stands_out():
-    word, layer, why = outliers.verdict(evidence())
-    assert (word, layer) == ("none", 3)
-    assert why == "no outlier mode at any layer; the largest norm is 1.8 x the median in a typical image"
-
-
-def test_verdict_none_names_a_minor_mode():
-    word, _, why = outliers.verdict(evidence(**modes([0.0, 2.0, 1.8, 0.0], [0, 0.05, 0.03, 0])))
-    assert word == "none"
-    assert "a minor mode at 2.0 x, under the 2.5 x that the rule asks for, holds 5.0 % at layer 1" in why
-
-
-def test_verdict_is_inconclusive_where_norms_are_large_without_a_mode():
-    assert outliers.verdict(evidence(largest=[1.0, 2.0, 4.5, 3.0]))[:2] == ("inconclusive", 2)
-
-
-def test_verdict_does_not_say_none_of_outliers_behind_a_minor_mode():
-    """A weakness of the rule, kept in view: three modes defeat it, and the largest norm then forbids a plain "none"."""
-    norms = plant(plant(some_norms(images=200, layers=2), 1, 2, 2), 1, 1, 4)
-    table = outliers.layer_evidence(norms)
-    word, layer, _ = outliers.verdict(table)
-    assert word != "none"
-    assert layer == 1
+def test_open_where_norms_are_large_without_a_mode():
+    assert fingerprint.mode(some_norms(), evidence(largest=[1.0, 2.0, 4.5, 3.0])).answer == "open"
+    assert fingerprint.mode(some_norms(), evidence(largest=[9.0, 2.0, 3.9, 3.0])).answer == "against"
 
 
 def test_occupancy_of_planted_positions():

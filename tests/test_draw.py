@@ -14,6 +14,7 @@ from scipy.integrate import trapezoid
 
 from vitregs import arrays, report
 from vitregs.measure.diagnose import Diagnosis
+from vitregs.measure.fingerprint import Fingerprint
 from vitregs.measure.mixture import Cutoff
 
 ROWS, COLUMNS = 3, 5
@@ -317,7 +318,8 @@ def test_token_strip(registers: list[int]):
 def test_diagnosis(cut: float):
     a = norms()
     layers = pd.DataFrame({"layer": [0, 1, 2], "cutoff": [np.nan, cut, np.nan]})
-    found = Diagnosis("model", "random", "scenes", 6, (48, 80), "artifacts", 1, "why", "rule", layers, [], a)
+    verdict = Fingerprint("artifacts", 1, 3.0, "why", {})
+    found = Diagnosis("model", "random", "scenes", 6, (48, 80), verdict, "rule", layers, norms=a)
     figure = report.norms.plot_diagnosis(found)
     growth, density = panels(figure)
     v = arrays.patches(a.sel(layer=1)).values.ravel()
@@ -333,8 +335,9 @@ def test_diagnosis_adds_maps_of_the_first_images():
     a = norms()
     layers = pd.DataFrame({"layer": [0, 1, 2], "cutoff": [np.nan, np.nan, np.nan]})
     shown_images, rows = np.random.default_rng(0).random((2, 48, 80, 3)), np.random.default_rng(1).random((2, 3, 5))
+    verdict = Fingerprint("none", 1, np.nan, "why", {})
     found = Diagnosis(
-        "model", "random", "scenes", 6, (48, 80), "none", 1, "why", "rule", layers, [], a, shown_images, rows
+        "model", "random", "scenes", 6, (48, 80), verdict, "rule", layers, norms=a, shown=shown_images, attention=rows
     )
     figure = report.norms.plot_diagnosis(found)
     images = [axis.images[0].get_array() for axis in figure.axes if axis.images]

@@ -1,4 +1,4 @@
-"""A ViT with planted register neurons is diagnosed as having artifacts, at the layer and with the share that was planted.
+"""A ViT with planted register neurons has a second mode of norms, at the layer and with the share that was planted.
 
 Three neurons of one MLP, found in published networks too (Jiang et al. 2025), are set to fire on flat dark patches and to write a
 long vector. Everything else keeps its random weights, so that without the neurons there is nothing to find.
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitregs.measure import outliers
+from vitregs.measure import fingerprint, outliers
 from vitregs.models import capture, registry
 from vitregs.models.backbone import Backbone
 from vitregs.probes import sampling
@@ -63,17 +63,18 @@ def plant(backbone: Backbone, pixels: torch.Tensor, flat: np.ndarray, length: fl
 def test_planted_neurons_are_found_with_their_share(share: float) -> None:
     pixels, flat = images(share)
     backbone = network()
-    before = outliers.verdict(outliers.layer_evidence(capture.norms(backbone, pixels)))
-    assert before[0] == "none"
+    before = outliers.layer_evidence(capture.norms(backbone, pixels))
+    assert before["ratio"].max() < 2.5  # dark patches differ a little by themselves
     plain = float(capture.norms(backbone, pixels, layers=[BLOCK + 1]).median())
     plant(backbone, pixels, flat, 20 * plain)
     norms = capture.norms(backbone, pixels)
     layers = outliers.layer_evidence(norms)
-    word, layer, _ = outliers.verdict(layers)
-    assert word == "artifacts"
-    assert layer > BLOCK
+    found = fingerprint.mode(norms, layers)
+    assert found.answer == "for"
+    assert fingerprint.strongest_mode(layers).layer > BLOCK
+    assert found.low > fingerprint.STRONG
     table = layers.set_index("layer")
-    assert np.isnan(table.loc[:BLOCK, "cutoff"]).all()  # nothing before the block that writes
+    assert table.loc[:BLOCK, "ratio"].max() < 2.5  # nothing before the block that writes
     assert table.loc[BLOCK + 1, "share"] == pytest.approx(flat.mean(), rel=0.02)
     for at in range(BLOCK + 1, backbone.depth + 1):
         here = norms.sel(layer=at)
@@ -88,4 +89,5 @@ def test_silent_neurons_change_nothing() -> None:
     plain = float(capture.norms(backbone, pixels, layers=[BLOCK + 1]).median())
     plant(backbone, pixels, flat, 20 * plain)
     busy, _ = images(0.0)
-    assert outliers.verdict(outliers.layer_evidence(capture.norms(backbone, busy)))[0] == "none"
+    norms = capture.norms(backbone, busy)
+    assert fingerprint.mode(norms, outliers.layer_evidence(norms)).answer == "against"

@@ -8,7 +8,7 @@ import pytest
 from vitregs import arrays, cache, paths
 from vitregs.book import chapter
 from vitregs.data import scenes
-from vitregs.measure import outliers, redundancy
+from vitregs.measure import fingerprint, outliers, redundancy
 from vitregs.models import registry
 from vitregs.train import monitor
 
@@ -16,17 +16,19 @@ DEIT = paths.ROOT / "data" / "results" / "deit_tiny_on_coco"
 MODEL = "deit_tiny_patch16_224.nc"
 
 
-def test_deit_tiny_has_a_minor_mode_and_no_outliers() -> None:
+def test_deit_tiny_has_a_mode_at_twice_the_median() -> None:
     norms = cache.load_dataset(DEIT / "02_norms" / f"norms.{MODEL}")["value"]
     assert norms.sizes["image"] == 32
     table = outliers.layer_evidence(norms).set_index("layer")
     late, early = table.loc[10:], table.loc[1:9]
     assert (early["share"] == 0).all()
-    assert table["cutoff"].isna().all()
+    assert table["cutoff"].notna().tolist() == [False] * 10 + [True] * 3
     assert late["ratio"].between(1.75, 2.1).all()
     assert late["share"].to_numpy() == pytest.approx(0.04, abs=0.005)
     assert late["separation"].between(4.5, 6).all()
-    assert outliers.verdict(table.reset_index())[0] == "none"
+    found = fingerprint.mode(norms, table.reset_index())
+    assert (found.answer, found.more["first_layer"]) == ("for", 10)
+    assert 1.9 < found.low < found.value < found.high < 2.1
     assert outliers.largest_ratio(norms).sel(layer=12).median() == pytest.approx(2.3, abs=0.05)
 
 
@@ -35,9 +37,12 @@ def test_its_large_norms_sit_on_redundant_patches() -> None:
     similar = cache.load_dataset(DEIT / "04_redundant_patches" / f"similarity.{MODEL}")["value"].values
     marked, what = outliers.mark_or_top(norms, outliers.find_cutoff(norms), 0.02)
     hot = arrays.patches(marked).values
-    assert what == "top 2 % of norms"
-    assert np.median(similar[hot]) == pytest.approx(0.970, abs=0.002)
-    assert np.median(similar[~hot]) == pytest.approx(0.671, abs=0.002)
+    assert what == "outliers"
+    assert np.median(similar[hot]) > np.median(similar[~hot]) + 0.25
+    top = arrays.patches(norms).values
+    top = top > np.quantile(top, 0.98)  # as in the log, when the rule called the mode minor
+    assert np.median(similar[top]) == pytest.approx(0.970, abs=0.002)
+    assert np.median(similar[~top]) == pytest.approx(0.671, abs=0.002)
 
 
 @pytest.mark.parametrize(("step", "share"), [(3000, 0.016), (5000, 0.012), (10_000, 0.002), (14_000, 0), (20_000, 0)])
@@ -95,14 +100,13 @@ def test_sinks_come_first(name: str) -> None:
     assert float(log["sink"].sel(kind="patch").max("block").sel(step=slice(0, 1100)).max()) > 10
 
 
-def test_clips_minor_mode_tells_images_apart() -> None:
+def test_clips_mode_tells_images_apart() -> None:
     """2.7 % of the patches at 2.1 x the median, in 8 of 64 images, up to 35 patches of one."""
     norms = cache.load_dataset(paths.ROOT / "data" / "results" / "07_registers" / "norms.clip-pico.nc")["value"]
     at = norms.sel(layer=4)
     cut = outliers.find_cutoff(at)
-    assert cut.value is None
     assert (cut.share, cut.ratio) == pytest.approx((0.027, 2.1), abs=0.05)
-    marked, _ = outliers.mark_or_top(at, cut, cut.share)
+    marked = outliers.mark_outliers(at, cut)
     count = arrays.patches(marked).values.sum(1)
     assert (len(count), (count > 0).sum(), count.max()) == (64, 8, 35)
 

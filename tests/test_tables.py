@@ -51,15 +51,15 @@ def test_verdicts_and_layers_find_the_planted_layer() -> None:
     table = report.norms.verdicts({"m": planted()})
     assert table.iloc[0]["outliers, %"] == "2.37"
     row = table.iloc[1]
-    assert (row["verdict"], row["layer"]) == ("artifacts", "1 of 2")
+    assert (row["second mode"], row["layer"]) == ("yes", "1 of 2")
     assert float(row["outliers, %"].split()[0]) == pytest.approx(100 / 30, abs=0.01)
     layers = report.norms.layers({"m": planted()})
     assert layers.loc[("m", 1), "2nd mode, %"] == pytest.approx(100 / 30, abs=0.01)
     assert (layers["cut-off"] == "none").tolist() == [True, False, True]
     assert 12 < float(layers.loc[("m", 1), "cut-off"]) < 90
     text = report.norms.findings({"m": planted(), "n": planted().isel(layer=[0, 2])})
-    assert text.startswith("m: artifacts (layer 1): an outlier mode")
-    assert "\nn: none (layer 2)" in text
+    assert text.startswith("m (layer 1): a second mode at ")
+    assert "\nn (layer 2): no second mode at any layer" in text
     assert max(map(len, text.splitlines())) <= 78
 
 

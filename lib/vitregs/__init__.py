@@ -8,7 +8,7 @@ Example:
     >>> dict(seen.norms.sel(layer=8, token="patch").sizes)
     {'image': 16, 'token': 144}
     >>> vr.diagnose(vit, images).verdict
-    'none'
+    'content'
     >>> len(vr.plot.norms(seen).axes)
     3
 """

@@ -184,6 +184,11 @@ class Images:
         found = np.stack(shares)
         return None if np.isnan(found).all() else found
 
+    def first(self, count: int) -> "Images":
+        """The same source with fewer images: at most so many, the first of this order."""
+        fewer = count if self.count is None else min(count, self.count)
+        return replace(self, count=fewer, skipped=[], unused=[])
+
     def whole(self) -> Iterator[tuple[Item, Image.Image]]:
         """Yield items with their images as they are, upright RGB of 8 bits; those that cannot be decoded are left out."""
         for item in self.source.items(self.count, self.seed) if self.source else ():

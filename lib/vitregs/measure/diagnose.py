@@ -1,6 +1,8 @@
 """Does my ViT have artifacts? Evidence at every layer, the fingerprint, and a verdict that can be "none" or "content"."""
 
+import re
 import textwrap
+import warnings
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
@@ -127,9 +129,8 @@ class Diagnosis:
                     "largest": "largest/median",
                     "top1": "top 1%/median",
                     "cutoff": "cut-off",
-                    "share": "second mode %",
+                    "share": "2nd mode %",
                     "ratio": "its ratio",
-                    "sink": "attention sink",
                 }
             )
         )
@@ -138,10 +139,10 @@ class Diagnosis:
             "largest/median": "{:.2f}".format,
             "top 1%/median": "{:.2f}".format,
             "cut-off": lambda v: "none" if np.isnan(v) else f"{v:.1f}",
-            "second mode %": lambda v: "-" if not v else f"{v:.2f}",
+            "2nd mode %": lambda v: "-" if not v else f"{v:.2f}",
             "its ratio": lambda v: "-" if not v else f"{v:.1f}",
             "separation": lambda v: "-" if not v else f"{v:.1f}",
-            "attention sink": lambda v: "-" if np.isnan(v) else f"{v:.1f}x",
+            "sink": lambda v: "-" if np.isnan(v) else f"{v:.1f}x",
         }
         return shown.assign(**{k: shown[k].map(f) for k, f in words.items()})
 
@@ -151,8 +152,8 @@ class Diagnosis:
 
     def _legend(self) -> list[str]:
         return [
-            "layer 0 enters block 1, the last layer is before the final norm; norms are L2 over channels, patch tokens only;",
-            "largest and top 1 % are medians over images; attention sink: share of attention on the most-attended patch,",
+            "layer 0 enters block 1, the last layer is before the final norm; norms are L2 over channels, patch tokens only; "
+            "largest and top 1 % are medians over images; sink: share of attention on the most-attended patch, "
             f"1x is fair; cut-off: {self.rule}",
             *(f"note: {note}" for note in self.notes),
             *([] if self.sinks == _EXACT else [self._of_sinks()]),
@@ -164,13 +165,11 @@ class Diagnosis:
         Returns:
             Lines of text with a table of layers, what its columns mean, and the verdict.
         """
-        table, legend = self._table().to_string(index=False), "\n".join(self._legend())
-        parts = [
-            textwrap.fill(f"{name:<10} {answer:<9} {said}", 100, subsequent_indent=" " * 21)
-            for name, answer, said in self._parts()
-        ] + [textwrap.fill(line, 100, subsequent_indent=" " * 21) for line in self._neurons()]
+        table, legend = self._table().to_string(index=False), "\n".join(_fill(line) for line in self._legend())
+        parts = [_fill(f"{name:<10} {answer:<13}{said}", 24) for name, answer, said in self._parts()]
+        parts += [_fill(line, 24) for line in self._neurons()]
         verdict = f"verdict: {self.fingerprint.word} (layer {self.layer}): {self.evidence}"
-        return "\n\n".join([self._head(), table, legend, "\n".join(parts), textwrap.fill(verdict, 100)])
+        return "\n\n".join([self._head(), table, legend, "\n".join(parts), _fill(verdict)])
 
     def _of_sinks(self) -> str:
         """How the sinks were measured, with the largest error in the table."""
@@ -180,6 +179,13 @@ class Diagnosis:
         )
 
 
+def _fill(line: str, indent: int = 0) -> str:
+    """Break a line, but neither within an interval nor between a number and its unit."""
+    whole = re.sub(r"(\[[^][]*,) ", "\\1\xa0", line)
+    whole = re.sub(r"(?<=\d) (?=[%x]( |$))", "\xa0", whole)
+    return textwrap.fill(whole, 100, subsequent_indent=" " * indent, break_on_hyphens=False).replace("\xa0", " ")
+
+
 @dataclass
 class _Seen:
     """What the first pass gives, labelled, and what is shown of the first images."""
@@ -187,7 +193,6 @@ class _Seen:
     whole: xr.Dataset
     shown: np.ndarray
     maps: np.ndarray | None
-    background: np.ndarray | None
 
 
 def _look(backbone: Backbone, images: Any, queries: int | None, how: dict[str, Any]) -> _Seen:
@@ -207,8 +212,7 @@ def _look(backbone: Backbone, images: Any, queries: int | None, how: dict[str, A
                 last = seen["attention"].isel(attention_layer=-1, image=slice(left))
                 maps.append(arrays.patch_maps(last).values)
         parts.append(seen.drop_vars("received_error", errors="ignore"))
-    known = None if isinstance(images, Tensor) else images.background(backbone.grid(images.size))
-    return _Seen(capture.join(parts), np.concatenate(shown), np.concatenate(maps) if maps else None, known)
+    return _Seen(capture.join(parts), np.concatenate(shown), np.concatenate(maps) if maps else None)
 
 
 def _judge(
@@ -228,9 +232,12 @@ def _judge(
         if "attention" in seen.whole:
             tokens = backbone.prefix + marked.shape[1]
             cls = seen.whole["attention"] * tokens  # in fair shares
-        parts["place"] = fingerprint.place(seen.whole["embeddings"], marked, seen.background)
+        masks = None if isinstance(images, Tensor) else images.background(backbone.grid(images.size))
+        parts["place"] = fingerprint.place(seen.whole["embeddings"], marked, masks)
         parts["attention"] = fingerprint.attention(seen.whole["received"], cls, marked)
-        if not quick:
+        if quick:
+            parts |= {n: fingerprint.Part(n, "not measured", "left out (quick)") for n in ("neurons", "cause")}
+        else:
             found, chosen = _mechanism(backbone, images, float(best.cutoff), layer, parts, how)
     verdict, why = fingerprint.judge(parts)
     return Fingerprint(verdict, layer, parts["mode"].value, why, parts, chosen), found
@@ -240,7 +247,7 @@ def _mechanism(
     backbone: Backbone, images: Any, cutoff: float, layer: int, parts: dict[str, fingerprint.Part], how: dict[str, Any]
 ) -> tuple[xr.Dataset | None, dict[int, list[int]]]:
     """Look for the neurons behind the mode, and suppress them."""
-    some = images[:SEARCHED] if isinstance(images, Tensor) else images
+    some = images[:SEARCHED] if isinstance(images, Tensor) else images.first(SEARCHED)
     batch = {"batch": how["batch"]}
     try:
         found = neurons.search(backbone, some, cutoff=cutoff, layer=layer, precision=how["precision"], **batch)
@@ -292,8 +299,9 @@ def diagnose(
     """Look for artifacts: norms, place and attention from one forward pass, then neurons and cause where there is a mode.
 
     The layer with the strongest mode decides, since in small ViTs middle blocks show what the last one hides. Neurons take
-    another pass and cause two more; networks without a mode take one. The attention sink of a layer is the mean over images
-    of `sink` of `capture`; where the attention of a block cannot be watched, it is nan and the report says why.
+    another pass and cause three more, over SEARCHED images at most; networks without a mode take one. The attention sink of a
+    layer is the mean over images of `sink` of `capture`; where the attention of a block cannot be watched, it is nan and the
+    report says why.
 
     Args:
         backbone: The network.
@@ -316,7 +324,7 @@ def diagnose(
         >>> import vitregs as vr
         >>> vit = vr.load("supervised-pico")
         >>> vr.diagnose(vit, vr.open_images("scenes", size=vit.size, count=16)).verdict
-        'none'
+        'content'
     """
     images = capture.opened(backbone, images)
     pixels = isinstance(images, Tensor)
@@ -332,7 +340,12 @@ def diagnose(
     if "sink_error" in seen.whole:  # of a mean over images
         error = np.sqrt((seen.whole["sink_error"].values ** 2).sum(0)) / seen.whole.sizes["image"]
         layers.loc[1:, "sink_error"] = error
-    verdict, found = _judge(backbone, images, seen, layers, quick, how)
+    skipped = [] if pixels else list(images.skipped)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", r"(skipped \d+ of )?(\d+ of )?(the )?(\d+ )?images of "
+        )  # the first pass has said it
+        verdict, found = _judge(backbone, images, seen, layers, quick, how)
     unwatched = seen.whole.attrs.get("unwatched")
     return Diagnosis(
         backbone.name,
@@ -343,7 +356,7 @@ def diagnose(
         verdict,
         "two modes in log norm" if cut is None else f"fixed at {cut:g}",
         layers,
-        [] if pixels else list(images.skipped),
+        skipped,
         found,
         norms,
         seen.shown,

@@ -123,6 +123,14 @@ def _interval(low: float, high: float, form: str = ".2f") -> str:
     return f"[{low:{form}}, {high:{form}}]"
 
 
+def _span(what: str, first: int, last: int) -> str:
+    return f"{what} {first}" if first == last else f"{what}s {first} to {last}"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
+
+
 def _three(values: Any) -> tuple[float, float, float]:
     """A value and what it is in resamples: the value first → value, 95 % interval."""
     low, high = np.nanquantile(values[1:], [0.025, 0.975]) if np.isfinite(values[1:]).any() else (np.nan, np.nan)
@@ -165,8 +173,8 @@ def mode(norms: xr.DataArray, layers: pd.DataFrame) -> Part:
     rise = _rise(norms, marked, int(best.layer))
     sentence = (
         f"a second mode at {strength:.2f} x the median norm {_interval(low, high)} holds {100 * share[0]:.1f} % of the "
-        f"patches {_interval(100 * share[1], 100 * share[2], '.1f')}; a mode from layer {moded.min()} to {moded.max()}, these "
-        f"patches above the others from layer {rise}"
+        f"patches {_interval(100 * share[1], 100 * share[2], '.1f')}; a mode at {_span('layer', moded.min(), moded.max())}, "
+        f"these patches above the others from layer {rise}"
     )
     more = {
         "share": share[0],
@@ -362,9 +370,9 @@ def neurons(found: xr.Dataset) -> Part:
     more |= {"auc": auc}
     blocks = sorted({b for b, _ in top})
     words = (
-        f"{half:.0f} of {total} MLP neurons {_interval(low, high, '.0f')} write half of the shift, in blocks {blocks[0]} to "
-        f"{blocks[-1]}, with a median AUC of {auc:.2f} for marked patches; "
-        f"{number} register neurons in all"
+        f"{half:.0f} of {total} MLP neurons {_interval(low, high, '.0f')} write half of the shift, in "
+        f"{_span('block', blocks[0], blocks[-1])}, with a median AUC of {auc:.2f} for marked patches; "
+        f"{_number(number, 'register neuron')} in all"
     )
     few = half <= max(1.0, FEW * total) and auc >= SELECTIVE and number > 0
     many = (low > FEW * total and low > 1) or auc < SELECTIVE or not number
@@ -389,8 +397,8 @@ def cause(left: xr.Dataset) -> Part:
     more = {"control_low": c_low, "control_high": c_high, "gap_low": gap[1], "gap_high": gap[2], "neurons": number}
     ends, c_ends = _interval(100 * low, 100 * high, ".0f"), _interval(100 * c_low, 100 * c_high, ".0f")
     words = (
-        f"with {number} register neurons suppressed {100 * value:.0f} % of the marks go {ends}, with as many random ones "
-        f"{100 * control:.0f} % {c_ends}"
+        f"with {_number(number, 'register neuron')} suppressed {100 * value:.0f} % of the marks go {ends}, with as many random "
+        f"ones {100 * control:.0f} % {c_ends}"
     )
     yes, no = low > CAUSE and gap[1] > 0, high < CAUSE or gap[2] < 0
     return Part("cause", "for" if yes else "against" if no else "open", words, value, low, high, control, more)

@@ -122,8 +122,8 @@ def search(
 
     Example:
         >>> import vitregs as vr
-        >>> vit = vr.load("hunt-pico")
-        >>> found = search(vit, vr.open_images("scenes", size=vit.size, count=16), cutoff=30.0)
+        >>> vit = vr.load("supervised-pico")
+        >>> found = search(vit, vr.open_images("scenes", size=vit.size, count=16), layer=1, cutoff=7.5)
         >>> found.share.dims
         ('block', 'neuron')
     """
@@ -210,7 +210,7 @@ def _reduced(sums: _Sums, written: dict[int, Tensor], layer: int, cutoff: float)
 def _half(share: np.ndarray) -> float:
     """The least number of shares that sum to a half, nan if they never do."""
     total = np.cumsum(np.sort(share)[::-1])
-    return float(np.searchsorted(total, 0.5) + 1) if total.max() >= 0.5 else np.nan
+    return float(np.argmax(total >= 0.5) + 1) if total.max() >= 0.5 else np.nan  # the sum falls again at last
 
 
 def _auc(values: Tensor, marked: Tensor, which: Tensor) -> np.ndarray:
