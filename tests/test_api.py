@@ -63,7 +63,12 @@ def test_every_name_is_there() -> None:
     assert sorted(vr.__all__) == vr.__all__
     assert set(vr.__all__) <= set(dir(vr))
     assert [name for name in vr.__all__ if getattr(vr, name, None) is None] == []
-    assert {name for name in vr.plot.__all__ if callable(getattr(vr.plot, name))} == {"attention", "diagnosis", "norms"}
+    assert {n for n in vr.plot.__all__ if callable(getattr(vr.plot, n))} == {
+        "attention",
+        "diagnosis",
+        "neurons",
+        "norms",
+    }
     assert vr.__version__[0].isdigit()
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         vr.nonsense  # noqa: B018

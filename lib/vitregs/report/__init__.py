@@ -1,12 +1,25 @@
 """What chapters print and draw: a module a subject holds its tables and its figures (`plot_…`)."""
 
-from vitregs.report import attention, features, format, lost, norms, registers, style, tokens, training, transfer
+from vitregs.report import (
+    attention,
+    features,
+    format,
+    lost,
+    neurons,
+    norms,
+    registers,
+    style,
+    tokens,
+    training,
+    transfer,
+)
 
 __all__ = [
     "attention",
     "features",
     "format",
     "lost",
+    "neurons",
     "norms",
     "registers",
     "style",
