@@ -79,15 +79,55 @@ def test_cumulative_share(found: xr.Dataset) -> None:
     assert axis.lines[1].get_xdata()[0] == float(found.half)
 
 
+def test_networks_beside_each_other(found: xr.Dataset) -> None:
+    nothing = found.assign(share=found.share * 0, half=np.nan)
+    table = report.neurons.overview({"planted": found, "other": nothing})
+    assert table.loc["planted", "write half"] == "1 [1, 1]"
+    assert table.loc["planted", "of"] == found.share.size
+    assert float(table.loc["planted", "their AUC"]) > 0.9
+    assert list(table.loc["other", ["write half", "register neurons", "in blocks"]]) == ["none", 0, "none"]
+
+
+def test_answers_of_the_fingerprint() -> None:
+    given = diagnose(planted.network("content", 4.0), planted.images(32), quick=True).fingerprint.dataset()
+    row = report.neurons.answers({"planted": given}).loc["planted"]
+    assert list(row.index) == ["mode", "place", "attention", "neurons", "cause", "verdict"]
+    assert list(row[["mode", "place", "neurons", "verdict"]]) == ["for", "against", "not measured", "content"]
+
+
+def test_what_a_chapter_measures_is_what_a_search_gives() -> None:
+    vit, pixels = planted.network("artifacts", 3.0), planted.images(32)
+    found = neurons.of_network(vit, pixels)
+    xr.testing.assert_identical(found.drop_attrs(), neurons.search(vit, pixels).drop_attrs())
+    assert found.attrs["rule"].startswith("cut-off")
+    seen = neurons.maps(vit, pixels, top=2, shown=3)
+    assert str(seen["neuron"].values[0]) == f"{planted.BLOCK}:{planted.NEURON}"
+    assert dict(seen["activation"].sizes) == {"image": 3, "token": 144, "neuron": 2}
+    assert ((seen["norm"] > found.attrs["cutoff"]).sum("token") > 0).all()
+    brightness = seen["pixels"].values / 255 - pixels.permute(0, 2, 3, 1).numpy()[seen["image"].values]
+    assert abs(brightness).max() < 0.01
+    left = neurons.dose(vit, pixels, counts=[0, 1])["share"].mean("image")
+    before, without = left.sel(which="ranked").values
+    assert without < 0.1 * before
+    assert left.sel(which="random").values[1] > 0.9 * before
+
+
+def test_a_network_without_a_mode_has_stand_ins() -> None:
+    vit, pixels = planted.network("nothing", 1.0), planted.images(32)
+    found = neurons.of_network(vit, pixels, missing=0.05)
+    assert found.attrs["rule"] == "no second mode: the largest 5 % of norms stand in"
+    assert found.attrs["marked"] == pytest.approx(0.05 * 32 * 144, rel=0.1)
+
+
 def test_suppression_figure() -> None:
     share = np.zeros((2, 3, 4), np.float32)
     share[0], share[1] = [[0.2] * 4, [0.1] * 4, [0.0] * 4], 0.2
     data = {k: (("which", "count", "image"), v) for k, v in (("share", share), ("largest", 1 + share))}
     left = xr.Dataset(data, {"which": ["ranked", "random"], "count": [0, 1, 8]})
-    ranked, random = report.neurons.plot_suppression(left).axes[0].lines
+    ranked, random = report.neurons.plot_suppression({"planted": left}).axes[0].lines
     np.testing.assert_allclose(ranked.get_ydata(), [20, 10, 0], atol=1e-5)
     np.testing.assert_allclose(random.get_ydata(), [20, 20, 20], atol=1e-5)
-    ranked, _ = report.neurons.plot_suppression(left, "largest").axes[0].lines
+    ranked, _ = report.neurons.plot_suppression({"planted": left}, "largest").axes[0].lines
     np.testing.assert_allclose(ranked.get_ydata(), [1.2, 1.1, 1.0], rtol=1e-5)
 
 

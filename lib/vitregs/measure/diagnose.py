@@ -86,7 +86,8 @@ class Diagnosis:
         best = fingerprint.strongest_mode(self.layers)
         if best is None or self.norms is None:
             return None
-        return arrays.patches(self.norms.sel(layer=self.layer)).transpose("image", "token") > best.cutoff
+        found: xr.DataArray = arrays.patches(self.norms.sel(layer=self.layer)).transpose("image", "token") > best.cutoff
+        return found
 
     def __repr__(self) -> str:
         """The report, as a terminal shows it."""

@@ -415,8 +415,8 @@ def maps(
         batch: Images at a time.
 
     Returns:
-        norm [image, token]; activation [image, token, neuron], neurons named "block:number"; pixels [image, y, x, channel] in
-        [0, 1]; patches alone.
+        norm [image, token]; activation [image, token, neuron], neurons named "block:number"; pixels [image, y, x, colour] of 0
+        to 255; patches alone.
 
     Raises:
         InputError: As `search` does.
@@ -433,7 +433,7 @@ def maps(
     activation = seen["neurons"].sel(neuron=[f"{b}:{j}" for b, j in chosen])
     data = xr.Dataset({"norm": norm, "activation": activation}).isel(image=best)
     shape = ("image", "y_pixel", "x_pixel", "colour")
-    data["pixels"] = (shape, pixels[best].permute(0, 2, 3, 1).cpu().numpy().astype(np.float32))
+    data["pixels"] = (shape, (255 * pixels[best]).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8))
     return data.assign_attrs(found.attrs)
 
 

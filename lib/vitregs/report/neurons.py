@@ -1,6 +1,6 @@
 """Register neurons (Jiang et al. 2025): their table, and what they do on images, in which blocks, and to norms."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -53,6 +53,40 @@ def summary(found: xr.Dataset) -> str:
         f"{number} register neuron{'' if number == 1 else 's'}{blocks}; {written} of {facts['marked']} patches of "
         f"{facts['images']} images above {facts['cutoff']:.3g} at layer {facts['layer']}"
     )
+
+
+def overview(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """Networks beside each other: {network: what `measure.neurons.search` gives} → how many neurons write half of the shift, of
+    how many, what all MLPs write in %, register neurons and their blocks, and the median AUC of those that write half."""
+    rows = []
+    for network, data in found.items():
+        chosen = register_neurons(data)
+        half = float(data["half"])
+        known = np.isfinite(half)
+        top = [float(data["auc"].sel(block=b, neuron=j)) for b, j in ranked(data, int(half) if known else 0)]
+        rows.append(
+            {
+                "model": network,
+                "write half": f"{half:.0f} [{float(data.half_low):.0f}, {float(data.half_high):.0f}]"
+                if known
+                else "none",
+                "of": int(np.isfinite(data.share).sum()),
+                "all write, %": round(100 * float(data.share.sum())),
+                "their AUC": f"{np.median(top):.2f}" if top else "none",
+                "register neurons": sum(map(len, chosen.values())),
+                "in blocks": ", ".join(map(str, chosen)) or "none",
+            }
+        )
+    return pd.DataFrame(rows).set_index("model")
+
+
+def answers(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """What the parts of the fingerprint answer: {network: what `measure.diagnose.fingerprints` gives} → a row a network."""
+    rows = {
+        network: dict(zip(data["part"].values, data["answer"].values, strict=True)) | {"verdict": data.attrs["word"]}
+        for network, data in found.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("model")
 
 
 def name(block: int, number: int) -> str:
@@ -128,7 +162,7 @@ def plot_blocks(found: xr.Dataset, count: int = 40) -> Figure:
     return figure
 
 
-def plot_cumulative(found: dict[str, xr.Dataset]) -> Figure:
+def plot_cumulative(found: Mapping[str, xr.Dataset]) -> Figure:
     """How much of the shift the first neurons write: {network: what `search` gives} → Figure; a line a network."""
     figure, axes = axes_grid(1, 1, 5.6, 3.1)
     axis = axes[0, 0]
@@ -145,20 +179,28 @@ def plot_cumulative(found: dict[str, xr.Dataset]) -> Figure:
     return figure
 
 
-def plot_suppression(left: xr.Dataset, what: str = "share") -> Figure:
-    """What stays when more and more neurons are suppressed, beside as many random ones: what `suppression` gives, "share" of
-    patches above the cut-off or "largest" norm over the median → Figure, with 95 % intervals over images."""
-    figure, axes = axes_grid(1, 1, 5.6, 3.1)
-    axis, scale = axes[0, 0], 100 if what == "share" else 1
+def plot_suppression(left: Mapping[str, xr.Dataset], what: str = "share") -> Figure:
+    """What stays when more and more neurons are suppressed, beside as many random ones.
+
+    Args:
+        left: {network: what `measure.neurons.suppression` gives}.
+        what: "share" of patches above the cut-off, or "largest" norm over the median.
+
+    Returns:
+        A panel a network, with 95 % intervals over images.
+    """
+    figure, axes = axes_grid(1, len(left), max(5.6, 4.4 * len(left)), 3.1)
+    scale = 100 if what == "share" else 1
     with mpl.rc_context(STYLE):
-        for which, colour, label in (("ranked", MARKED, "ranked neurons"), ("random", OTHERS, "random neurons")):
-            rows = left[what].sel(which=which).transpose("count", "image").values
-            middle, low, high = np.transpose([arrays.bootstrap_interval(scale * row) for row in rows])
-            x = np.arange(len(rows))
-            axis.plot(x, middle, "o-", ms=3, color=colour, label=label)
-            axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-        axis.set(xticks=range(left.sizes["count"]), xticklabels=left["count"].values, ylim=(0, None))
-        axis.set(xlabel="suppressed neurons")
-        axis.set_ylabel("% of patches above the cut-off" if what == "share" else "largest / median norm")
-        axis.legend()
+        for axis, (network, data) in zip(axes[0], left.items(), strict=True):
+            for which, colour, label in (("ranked", MARKED, "strongest neurons"), ("random", OTHERS, "random neurons")):
+                rows = data[what].sel(which=which).transpose("count", "image").values
+                middle, low, high = np.transpose([arrays.bootstrap_interval(scale * row) for row in rows])
+                x = np.arange(len(rows))
+                axis.plot(x, middle, "o-", ms=3, color=colour, label=label)
+                axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+            axis.set(xticks=range(data.sizes["count"]), xticklabels=data["count"].values, ylim=(0, None))
+            axis.set(xlabel="suppressed neurons", title=network)
+        axes[0, 0].set_ylabel("% of patches above the cut-off" if what == "share" else "largest / median norm")
+        axes[0, 0].legend()
     return figure

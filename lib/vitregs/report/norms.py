@@ -176,9 +176,11 @@ def _draw_images(figure: Figure, panel: Axes, found: Diagnosis) -> None:
     panel.set_axis_off()
     number = 0 if marked is None else int(marked.values[found.shown_at].sum())
     panel.set_title(f"{number} marked patches in these images" if number else "no patch of these images is marked")
-    assert panel.get_subplotspec() is not None
-    for i, cell_ in enumerate(panel.get_subplotspec().subgridspec(1, len(shown))):  # type: ignore[union-attr]
-        axis = figure.add_subplot(cell_)
+    place = panel.get_subplotspec()
+    assert place is not None
+    strip = place.subgridspec(1, len(shown))
+    for i in range(len(shown)):
+        axis = figure.add_subplot(strip[i])
         axis.imshow(shown[i])
         blank(axis)
         if marked is None:
