@@ -124,7 +124,7 @@ def search(
     Example:
         >>> import vitregs as vr
         >>> vit = vr.load("hunt-pico")
-        >>> found = search(vit, vr.open_images("scenes", size=vit.size, count=16), cutoff=30.0)
+        >>> found = search(vit, vr.open_images("scenes", size=vit.size, count=16), cutoff=100.0)
         >>> found.share.dims
         ('block', 'neuron')
     """
