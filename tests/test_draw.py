@@ -10,6 +10,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from scipy.integrate import trapezoid
 
 from vitregs import arrays, report
@@ -314,39 +315,76 @@ def test_token_strip(registers: list[int]):
         assert len({line.get_color() for line in axis.lines}) == (3 if n else 2)
 
 
-@pytest.mark.parametrize("cut", [30.0, np.nan])
-def test_diagnosis(cut: float):
+def diagnosis(cut: float, searched: xr.Dataset | None = None, attention: bool = True) -> Diagnosis:
+    """Of planted arrays: 6 images of 3 by 5 patches, three layers, the second of which decides."""
     a = norms()
-    layers = pd.DataFrame({"layer": [0, 1, 2], "cutoff": [np.nan, cut, np.nan]})
-    verdict = Fingerprint("artifacts", 1, 3.0, "why", {})
-    found = Diagnosis("model", "random", "scenes", 6, (48, 80), verdict, "rule", layers, norms=a)
-    figure = report.norms.plot_diagnosis(found)
-    growth, density = panels(figure)
-    v = arrays.patches(a.sel(layer=1)).values.ravel()
-    np.testing.assert_allclose([bar.get_height() for bar in density.patches], np.histogram(v, 80, density=True)[0])
-    assert [line.get_xdata()[0] for line in density.lines] == ([30.0] if cut == 30 else [])
-    assert density.get_title() == "layer 1: artifacts"
-    assert growth.get_title() == "model"
-    assert mesh(growth).shape == (69, 3)
-    assert (np.nansum(mesh(growth), 0) > 0.98).all()
-
-
-def test_diagnosis_adds_maps_of_the_first_images():
-    a = norms()
-    layers = pd.DataFrame({"layer": [0, 1, 2], "cutoff": [np.nan, np.nan, np.nan]})
-    shown_images, rows = np.random.default_rng(0).random((2, 48, 80, 3)), np.random.default_rng(1).random((2, 3, 5))
-    verdict = Fingerprint("none", 1, np.nan, "why", {})
+    layers = pd.DataFrame({"layer": [0, 1, 2], "cutoff": [np.nan, cut, np.nan], "share": [0, 0.1, 0], "ratio": 3.0})
+    layers["sink"] = [np.nan, 1.5, 2.5]
+    verdict = Fingerprint("content", 1, 3.0, "why", {}, {2: [1]} if searched is not None else {})
+    images = np.random.default_rng(0).random((2, 48, 80, 3))
     found = Diagnosis(
-        "model", "random", "scenes", 6, (48, 80), verdict, "rule", layers, norms=a, shown=shown_images, attention=rows
+        "model", "random", "scenes", 6, (48, 80), verdict, "rule", layers, [], searched, a, images, shown_at=[1, 4]
     )
+    if attention:
+        given = np.arange(8.0).reshape(2, 2, 2)
+        coords = {"query": ["all", "cls"], "which": ["marked", "others"], "block": [1, 2]}
+        found.attention = xr.DataArray(given, coords, ("query", "which", "block"))
+    return found
+
+
+def test_diagnosis_shows_marked_patches_and_their_norms():
+    cut = float(np.quantile(arrays.patches(norms().sel(layer=1)), 0.9))
+    found = diagnosis(cut)
     figure = report.norms.plot_diagnosis(found)
-    images = [axis.images[0].get_array() for axis in figure.axes if axis.images]
-    assert len(images) == 6
-    np.testing.assert_array_equal(images[3], shown_images[1])
-    np.testing.assert_array_equal(images[4], arrays.patch_maps(a.sel(layer=1)).values[1])
-    np.testing.assert_array_equal(images[5], rows[1])
-    found.attention = None
-    assert len([axis for axis in report.norms.plot_diagnosis(found).axes if axis.images]) == 4
+    images = [axis for axis in figure.axes if axis.images]
+    v = arrays.patches(norms()).transpose("layer", "image", "token").values
+    for axis, shown, i in zip(images, found.shown, found.shown_at, strict=True):
+        np.testing.assert_array_equal(axis.images[0].get_array(), shown)
+        corners = {(p.get_x() + 0.5, p.get_y() + 0.5) for p in axis.patches}
+        assert corners == {(16 * (t % 5), 16 * (t // 5)) for t in np.flatnonzero(v[1, i] > cut)}
+    (growth,) = [axis for axis in figure.axes if axis.get_title() == "norms over layers"]
+    assert mesh(growth).shape == (69, 3)
+    np.testing.assert_allclose(growth.lines[0].get_ydata(), [np.median(layer[v[1] > cut]) for layer in v])
+    (density,) = [axis for axis in figure.axes if axis.get_title() == "norms at layer 1"]
+    np.testing.assert_allclose(
+        [bar.get_height() for bar in density.patches], np.histogram(v[1].ravel(), 80, density=True)[0]
+    )
+    assert density.lines[0].get_xdata()[0] == cut
+    (received,) = [axis for axis in figure.axes if axis.get_title() == "attention received"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in received.lines}
+    assert lines["marked, of all queries"] == [0, 1]
+    assert lines["others, of CLS"] == [6, 7]
+
+
+def test_diagnosis_without_marks():
+    figure = report.norms.plot_diagnosis(diagnosis(np.nan, attention=False))
+    titles = [axis.get_title() for axis in figure.axes]
+    assert "no patch of these images is marked" in titles
+    assert "norms at layer 1: no cut-off" in titles
+    (sink,) = [axis for axis in figure.axes if axis.get_title() == "attention on the most attended patch"]
+    assert list(sink.lines[1].get_ydata()) == [1.5, 2.5]
+    assert [p for axis in figure.axes if axis.images for p in axis.patches] == []
+
+
+def test_diagnosis_with_neurons():
+    share = np.array([[0.0, 0.1, 0.0], [0.0, 0.5, 0.2]])
+    data = {k: (("block", "neuron"), share * (i + 1)) for i, k in enumerate(("share", "on", "off", "on_spread"))}
+    searched = xr.Dataset(data, {"block": [1, 2], "neuron": [0, 1, 2]}).assign(off_spread=("neuron", [1.0, 2.0, 3.0]))
+    searched["off_spread"] = searched["off_spread"].broadcast_like(searched["on"])
+    figure = report.norms.plot_diagnosis(diagnosis(30.0, searched))
+    (axis,) = [axis for axis in figure.axes if axis.get_title() == "activation of 1 of 1 register neurons"]
+    assert ticks(axis) == ["2:1"]
+    assert [bar.lines[0].get_ydata()[0] for bar in axis.containers] == [1.0, 1.5]
+
+
+def texts(figure: Figure) -> list[Text]:
+    return [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+
+
+def test_words_of_a_diagnosis_can_be_read():
+    figure = report.norms.plot_diagnosis(diagnosis(30.0))
+    assert min(t.get_fontsize() for t in texts(figure)) >= 8
+    assert figure.get_figwidth() <= 9.5
 
 
 def test_note():

@@ -1,4 +1,4 @@
-"""The command `vitregs`: diagnose a model, run a chapter, train a recipe, list the models, measure one, show the scoreboard.
+"""The command `vitregs`: diagnose a model, find its neurons, run a chapter, train, list and measure models, scoreboard.
 
 Words are read by Cyclopts from the types of the functions below; a chapter's options are made from its `parameters` cell.
 What takes seconds to import is imported inside the commands, so that help and mistakes come at once.
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from vitregs.book import parameters
 
 
-COMMANDS = ("diagnose", "run", "train", "models", "measure", "scoreboard")
+COMMANDS = ("diagnose", "neurons", "run", "train", "models", "measure", "scoreboard")
+ROWS = 40  # neurons that are printed, at most
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -88,7 +89,7 @@ def _app() -> App:
     """The commands with their options: → App, which raises what is wrong instead of printing it."""
     app = App(
         name="vitregs",
-        help="Diagnose a model, run a chapter, train a recipe, list the models, measure one, show the scoreboard.",
+        help="Diagnose a model, find its neurons, run a chapter, train a recipe, list or measure models, show the scoreboard.",
         version=lambda: version("vitregs"),
         help_format="plaintext",
         help_formatter="plain",
@@ -98,7 +99,7 @@ def _app() -> App:
         suppress_keyboard_interrupt=False,
         result_action="return_value",
     )
-    for command in (diagnose, train, models, measure, scoreboard):
+    for command in (diagnose, neurons, train, models, measure, scoreboard):
         app.command(command)
     app["models"].usage = "Usage: vitregs models [PART]"
     app["train"].usage = "Usage: vitregs train [RECIPE [SETTING=VALUE …]] [OPTIONS]"
@@ -160,29 +161,27 @@ def diagnose(
         bool, _flag("attention sinks from all queries, not from a random few: several times slower")
     ] = False,
     as_json: Annotated[bool, _flag("print JSON", "--json")] = False,
-    plot: Annotated[Path | None, Parameter(help=f"write a plot of the norms to this file ({', '.join(PLOTS)})")] = None,
+    plot: Annotated[
+        Path | None, Parameter(help=f"draw images, norms, neurons and attention ({', '.join(PLOTS)})")
+    ] = None,
 ) -> None:
     """Does this ViT have artifacts?"""
-    if size is not None and len(size) not in (1, 2):
-        raise InputError(f"--size takes a side, or height and width, not {len(size)} numbers")
     if plot and plot.suffix not in PLOTS:
         raise InputError(f"--plot writes {', '.join(PLOTS[:-1])} or {PLOTS[-1]}, not {plot.suffix or plot.name!r}")
     if plot:
         _check_can_write(plot)
-    from vitregs.data.images import open_images
     from vitregs.measure.diagnose import diagnose
-    from vitregs.models import capture, registry
+    from vitregs.models import capture
 
-    backbone = registry.load(model, weights=weights, device=device)
-    shape = (size[0], size[-1]) if size else backbone.size
-    backbone.grid(shape)
-    source = open_images(
+    backbone, source = _opened(
+        model,
+        weights,
+        device,
         images,
-        size=shape,
+        size,
         count=count,
         seed=seed,
         split=split,
-        preparation=backbone.preparation,
         image_column=image_column,
         full_scale=full_scale,
     )
@@ -203,6 +202,70 @@ def diagnose(
 
         figure = report.norms.plot_diagnosis(found)
         write_whole(plot, lambda spare: figure.savefig(spare, format=plot.suffix[1:], dpi=150))
+
+
+def neurons(
+    model: Annotated[str, Parameter(help="a zoo name or any timm ViT (see `vitregs models`)")],
+    /,
+    *,
+    weights: Annotated[
+        str | None, Parameter(help="local .safetensors (or PyTorch checkpoint) instead of the hub's weights")
+    ] = None,
+    images: Annotated[
+        str, Parameter(help="scenes, photographs, an image, a folder, a parquet file or folder of them, or a hub name")
+    ] = "scenes",
+    split: Annotated[str | None, Parameter(help="split of a data set")] = None,
+    count: Annotated[int, _number("how many images", 1)] = 256,
+    seed: Annotated[int, _number("which images are drawn", 0)] = 0,
+    size: Annotated[
+        list[int] | None,
+        Parameter(
+            help="side, or height and width, in pixels (default: the model's)", consume_multiple=True, converter=_wholes
+        ),
+    ] = None,
+    cutoff: Annotated[
+        float | None, Parameter(help="norm above which a patch is marked (default: by the statistical rule)")
+    ] = None,
+    layer: Annotated[
+        int, Parameter(help="layer at which patches are marked; negative ones count from the end", converter=_whole)
+    ] = -1,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, …")] = "auto",
+    batch: Annotated[int, _number("images at a time", 1)] = 16,
+    precision: Annotated[str, Parameter(help="float32, or bfloat16 (faster where the processor has it)")] = "float32",
+    out: Annotated[Path | None, Parameter(help="write the list to this file (.json), for MODEL+tt1:FILE")] = None,
+) -> None:
+    """Which MLP neurons write the large norms of this ViT?"""
+    if out and out.suffix != ".json":
+        raise InputError(f"--out writes .json, not {out.suffix or out.name!r}")
+    if out:
+        _check_can_write(out)
+    from vitregs import report
+    from vitregs.measure.neurons import as_list, search
+
+    backbone, source = _opened(model, weights, device, images, size, count=count, seed=seed, split=split)
+    found = search(backbone, source, cutoff=cutoff, layer=layer, batch=batch, precision=precision)
+    table = report.neurons.table(found)
+    if len(table):
+        print(table[:ROWS].to_string(index=False))
+        print(f"and {len(table) - ROWS} more with smaller shares\n" if len(table) > ROWS else "")
+    print(f"{backbone.name} ({backbone.source}) on {source.name}: {report.neurons.summary(found)}", flush=True)
+    if out:
+        as_list(backbone, source, found).write(out)
+
+
+def _opened(
+    model: str, weights: str | None, device: str, images: str, size: list[int] | None, **more: Any
+) -> tuple[Any, Any]:
+    """Load a model and open images for it: words of the command line → Backbone, Images."""
+    if size is not None and len(size) not in (1, 2):
+        raise InputError(f"--size takes a side, or height and width, not {len(size)} numbers")
+    from vitregs.data.images import open_images
+    from vitregs.models import registry
+
+    backbone = registry.load(model, weights=weights, device=device)
+    shape = (size[0], size[-1]) if size else backbone.size
+    backbone.grid(shape)
+    return backbone, open_images(images, size=shape, preparation=backbone.preparation, **more)
 
 
 def _check_can_write(file: Path) -> None:

@@ -14,7 +14,7 @@ from vitregs.errors import InputError
 from vitregs.measure.diagnose import Diagnosis
 from vitregs.measure.outliers import find_outliers
 
-__all__ = ["attention", "diagnosis", "norms"]
+__all__ = ["attention", "diagnosis", "neurons", "norms"]
 
 
 def _variable(seen: xr.Dataset, name: str, asked: str) -> xr.DataArray:
@@ -109,13 +109,14 @@ def attention(seen: xr.Dataset, images: Any = None, *, layer: int = -1, query: i
 
 
 def diagnosis(found: Diagnosis) -> Figure:
-    """Draw a diagnosis: norms over layers, their density at the deciding layer, and maps of the first images.
+    """Draw a diagnosis: marked patches on images, norms over layers, register neurons, and attention.
 
     Args:
         found: What `diagnose` gives.
 
     Returns:
-        The figure that `vitregs diagnose --plot` writes.
+        The figure of four panels that `vitregs diagnose --plot` writes; where no neurons were looked for, the density of
+        norms takes their place.
 
     Raises:
         InputError: It is no diagnosis.
@@ -123,10 +124,35 @@ def diagnosis(found: Diagnosis) -> Figure:
     Example:
         >>> import vitregs as vr
         >>> vit = vr.load("hunt-pico")
-        >>> found = vr.diagnose(vit, vr.open_images("scenes", size=vit.size, count=16))
-        >>> vr.plot.diagnosis(found).axes[0].get_title()
-        'hunt-pico'
+        >>> found = vr.diagnose(vit, vr.open_images("scenes", size=vit.size, count=16), quick=True)
+        >>> vr.plot.diagnosis(found).axes[1].get_title()
+        'norms over layers'
     """
     if not isinstance(found, Diagnosis):
         raise InputError(f"a diagnosis is what diagnose gives, not {type(found).__name__}")
     return report.norms.plot_diagnosis(found)
+
+
+def neurons(found: xr.Dataset) -> Figure:
+    """Draw in which blocks MLP neurons write the norms of marked patches (Jiang et al. 2025).
+
+    Args:
+        found: What `measure.neurons.search` gives.
+
+    Returns:
+        The largest shares of every block, register neurons circled, beside what each block's neurons write together.
+
+    Raises:
+        InputError: It is no such search.
+
+    Example:
+        >>> import vitregs as vr
+        >>> from vitregs.measure.neurons import search
+        >>> vit = vr.load("hunt-pico")
+        >>> found = search(vit, vr.open_images("scenes", size=vit.size, count=8), cutoff=100.0)
+        >>> vr.plot.neurons(found).axes[0].get_ylabel()
+        'block'
+    """
+    if not isinstance(found, xr.Dataset) or not {"share", "contrast"} <= set(found):
+        raise InputError("neurons are drawn from what measure.neurons.search gives")
+    return report.neurons.plot_blocks(found)

@@ -19,8 +19,10 @@ from vitregs.measure.fingerprint import Fingerprint
 from vitregs.models import capture
 from vitregs.models.backbone import Backbone
 
-_SHOWN = 3  # images in the plot
+_SHOWN = 2  # images in the plot, of the first
+_FIRST = 16  # that are kept until it is known which of their patches are marked
 _EXACT = "exact"
+_NAMED = 60  # register neurons, at most
 SEARCHED = 256  # images that register neurons are looked for in, at most
 
 
@@ -40,8 +42,10 @@ class Diagnosis:
         skipped: Names of images that could not be decoded.
         searched: What `neurons.search` found, None where neurons were not looked for.
         norms: [image, layer, token], L2 over channels.
-        shown: The first images, (n, height, width, 3) in [0, 1].
-        attention: Their mean CLS attention (n, rows, columns), None without a CLS token.
+        shown: Images of the plot, (n, height, width, 3) in [0, 1]: of the first, those with most marked patches.
+        shown_at: Their positions among all.
+        attention: What marked and other patches receive on average, in fair shares [query ("all", "cls"), which
+            ("marked", "others"), block]; None where no patch is marked.
         sinks: How attention sinks were measured, and what could not be, in words.
         notes: What was done to the model on the way from its file, a sentence each.
     """
@@ -58,7 +62,8 @@ class Diagnosis:
     searched: xr.Dataset | None = None
     norms: xr.DataArray | None = None
     shown: np.ndarray | None = None
-    attention: np.ndarray | None = None
+    shown_at: list[int] = field(default_factory=list)
+    attention: xr.DataArray | None = None
     sinks: str = _EXACT
     notes: list[str] = field(default_factory=list)
 
@@ -76,6 +81,15 @@ class Diagnosis:
     def evidence(self) -> str:
         """Why, in words."""
         return self.fingerprint.sentence
+
+    @property
+    def marked(self) -> xr.DataArray | None:
+        """Which patches are marked at the deciding layer [image, token], None without a mode."""
+        best = fingerprint.strongest_mode(self.layers)
+        if best is None or self.norms is None:
+            return None
+        found: xr.DataArray = arrays.patches(self.norms.sel(layer=self.layer)).transpose("image", "token") > best.cutoff
+        return found
 
     def __repr__(self) -> str:
         """The report, as a terminal shows it."""
@@ -100,7 +114,7 @@ class Diagnosis:
             norm; largest and top1, ratios to the median; cutoff, share, separation and ratio of the second mode; sink and
             sink_error in fair shares. None stands where a value is not known.
         """
-        left_out = ("layers", "norms", "shown", "attention", "searched", "fingerprint")
+        left_out = ("layers", "norms", "shown", "shown_at", "attention", "searched", "fingerprint")
         plain = {k: v for k, v in asdict(self).items() if k not in left_out}
         rows = self.layers.astype(object).where(np.isfinite(self.layers), None)
         words = {"verdict": self.verdict, "layer": self.layer, "evidence": self.evidence}
@@ -114,7 +128,10 @@ class Diagnosis:
         return "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self._parts())
 
     def _neurons(self) -> list[str]:
-        """The register neurons in a line."""
+        """The register neurons in a line, or in which blocks they are where there are many."""
+        number = sum(map(len, self.fingerprint.neurons.values()))
+        if number > _NAMED:
+            return [f"register neurons  {number} in blocks {', '.join(map(str, self.fingerprint.neurons))}"]
         named = [f"{b}:{', '.join(map(str, numbers))}" for b, numbers in self.fingerprint.neurons.items()]
         return [f"register neurons (block:numbers)  {'; '.join(named)}"] if named else []
 
@@ -188,17 +205,15 @@ def _fill(line: str, indent: int = 0) -> str:
 
 @dataclass
 class _Seen:
-    """What the first pass gives, labelled, and what is shown of the first images."""
+    """What the first pass gives, labelled, and the first images."""
 
     whole: xr.Dataset
-    shown: np.ndarray
-    maps: np.ndarray | None
+    first: np.ndarray
 
 
 def _look(backbone: Backbone, images: Any, queries: int | None, how: dict[str, Any]) -> _Seen:
     """Read the images once: norms, patch embeddings, attention received and that of CLS at every layer."""
-    shown: list[np.ndarray] = []
-    maps: list[np.ndarray] = []
+    first: list[np.ndarray] = []
     parts: list[xr.Dataset] = []
     what: dict[str, Any] = {"norms": True, "received": True, "embeddings": True, "queries": queries, "partial": True}
     if backbone.has_cls:
@@ -206,13 +221,25 @@ def _look(backbone: Backbone, images: Any, queries: int | None, how: dict[str, A
     for part, seen in capture.stream(backbone, images, kinds="patch", **what, **how):
         if "attention" in seen:
             seen["attention"] = seen["attention"].mean("head").isel(query=0)
-        if (left := _SHOWN - sum(map(len, shown))) > 0:
-            shown.append(part.pixels[:left].permute(0, 2, 3, 1).numpy().copy())
-            if "attention" in seen:
-                last = seen["attention"].isel(attention_layer=-1, image=slice(left))
-                maps.append(arrays.patch_maps(last).values)
+        if (left := _FIRST - sum(map(len, first))) > 0:
+            first.append(part.pixels[:left].permute(0, 2, 3, 1).cpu().numpy().copy())
         parts.append(seen.drop_vars("received_error", errors="ignore"))
-    return _Seen(capture.join(parts), np.concatenate(shown), np.concatenate(maps) if maps else None)
+    return _Seen(capture.join(parts), np.concatenate(first))
+
+
+def _received(backbone: Backbone, seen: _Seen, marked: np.ndarray) -> xr.DataArray:
+    """What marked and other patches receive of all queries and of CLS: → fair shares [query, which, block]."""
+    whole, rows = seen.whole, {}
+    rows["all"] = whole["received"].transpose("image", "received_layer", "token").values
+    if "attention" in whole:
+        tokens = backbone.prefix + marked.shape[1]
+        rows["cls"] = whole["attention"].transpose("image", "attention_layer", "token").values * tokens
+    means = [
+        [(values * which[:, None]).sum((0, 2)) / max(1, which.sum()) for which in (marked, ~marked)]
+        for values in rows.values()
+    ]
+    coords = {"query": list(rows), "which": ["marked", "others"], "block": whole["received_layer"].values}
+    return xr.DataArray(np.asarray(means), coords, ("query", "which", "block"))
 
 
 def _judge(
@@ -347,7 +374,7 @@ def diagnose(
         )  # the first pass has said it
         verdict, found = _judge(backbone, images, seen, layers, quick, how)
     unwatched = seen.whole.attrs.get("unwatched")
-    return Diagnosis(
+    result = Diagnosis(
         backbone.name,
         backbone.source,
         "a tensor" if pixels else images.name,
@@ -359,8 +386,14 @@ def diagnose(
         skipped,
         found,
         norms,
-        seen.shown,
-        seen.maps,
-        seen.whole.attrs["received"] + (f"; unknown where it cannot be watched: {unwatched}" if unwatched else ""),
-        backbone.notes,
+        sinks=seen.whole.attrs["received"]
+        + (f"; unknown where it cannot be watched: {unwatched}" if unwatched else ""),
+        notes=backbone.notes,
     )
+    marked = result.marked
+    number = np.zeros(len(seen.first)) if marked is None else marked.values[: len(seen.first)].sum(1)
+    result.shown_at = sorted(np.argsort(-number, kind="stable")[:_SHOWN].tolist())
+    result.shown = seen.first[result.shown_at]
+    if marked is not None:
+        result.attention = _received(backbone, seen, marked.values)
+    return result

@@ -113,7 +113,8 @@ def search(
     Returns:
         For [block, neuron], from block 1 to the layer: share of the shift of the mean state (all shares, those of attention
         and of biases among them, sum to 1), contrast (difference of the means in standard deviations over other patches), on
-        and off (mean activation on marked and other patches), auc (of marked against other patches; nan but for the largest
+        and off (mean activation on marked and other patches) with on_spread and off_spread (standard deviations of a
+        sample), auc (of marked against other patches; nan but for the largest
         shares). `half` with half_low and half_high is the least number of neurons whose shares sum to a half, with its 95 %
         interval over images, nan where they never do. Attributes: layer, cutoff, marked (patches), images.
 
@@ -183,7 +184,7 @@ def _reduced(sums: _Sums, written: dict[int, Tensor], layer: int, cutoff: float)
     on, off = ([a[:, i].sum(0) / total[0, i] for a in activations] for i in (0, 1))
     marked = torch.cat(sums.sampled)
     sample = [torch.cat(sums.sample[b]) for b in blocks]
-    spread = [part[~marked].float().std(0, correction=0).double() for part in sample]
+    spread, spread_on = ([part[m].float().std(0, correction=0).double() for part in sample] for m in (~marked, marked))
     least = torch.cat([s[0] for s in share]).sort(descending=True).values[_RANKED - 1 :][:1]
     auc = [_auc(p, marked, s[0] >= least if len(least) else s[0] == s[0]) for p, s in zip(sample, share, strict=True)]
     width = max(len(o) for o in on)
@@ -197,6 +198,8 @@ def _reduced(sums: _Sums, written: dict[int, Tensor], layer: int, cutoff: float)
         "contrast": table([(a - b) / s.clamp(min=1e-12) for a, b, s in zip(on, off, spread, strict=True)]),
         "on": table(on),
         "off": table(off),
+        "on_spread": table(spread_on),
+        "off_spread": table(spread),
         "auc": table(auc),
         "half": half[0],
         "half_low": low,
@@ -280,7 +283,11 @@ def make_list(backbone: Backbone, images: Any, **how: Any) -> test_time.NeuronLi
         InputError: There are none, and as `search` does.
     """
     images = capture.opened(backbone, images)
-    found = search(backbone, images, **how)
+    return as_list(backbone, images, search(backbone, images, **how))
+
+
+def as_list(backbone: Backbone, images: Any, found: xr.Dataset) -> test_time.NeuronList:
+    """Make the list of a search: the network, its images, and what `search` gave → as `make_list`, with its errors."""
     chosen = register_neurons(found)
     if not chosen:
         raise InputError(
@@ -348,3 +355,114 @@ def suppression(
             rows[name].append(value)
     data = {name: (("which", "count", "image"), np.asarray(value, np.float32)) for name, value in rows.items()}
     return xr.Dataset(data, coords={"model": backbone.name, "which": ["ranked", "random"], "count": list(counts)})
+
+
+# --- what a chapter measures
+def _cutoff(backbone: Backbone, images: Any, layer: int, missing: float, batch: int) -> tuple[float, str]:
+    """The cut-off at a layer and the rule it comes from; without a mode the norm that a share of the patches exceeds."""
+    first = images[:CALIBRATION] if isinstance(images, Tensor) else next(iter(images.pixels(CALIBRATION)))
+    norms = capture.norms(backbone, first, layers=[layer], batch=batch).isel(layer=0)
+    found = outliers.find_cutoff(norms)
+    if found.value is not None:
+        return found.value, str(found)
+    stand_in = float(arrays.patches(norms).quantile(1 - missing))
+    return stand_in, f"no second mode: the largest {100 * missing:g} % of norms stand in"
+
+
+def of_network(
+    backbone: Backbone, images: Any, *, layer: int = -1, missing: float = 0.02, batch: int = 16
+) -> xr.Dataset:
+    """Search the neurons of any network, also of one without a mode.
+
+    Args:
+        backbone: The network.
+        images: As `capture` takes them.
+        layer: As in `search`.
+        missing: Share of patches with the largest norms that stand in for marked ones where there is no mode.
+        batch: Images at a time.
+
+    Returns:
+        What `search` gives, with the attribute rule: what decided on the cut-off, in words.
+
+    Raises:
+        InputError: As `search` does.
+    """
+    images = capture.opened(backbone, images)
+    cutoff, rule = _cutoff(backbone, images, layer, missing, batch)
+    found = search(backbone, images, cutoff=cutoff, layer=layer, batch=batch)
+    return found.assign_attrs(rule=rule)
+
+
+def maps(
+    backbone: Backbone,
+    images: Any,
+    *,
+    layer: int = -1,
+    missing: float = 0.02,
+    top: int = 4,
+    shown: int = 4,
+    batch: int = 16,
+) -> xr.Dataset:
+    """Norms and activations of the strongest neurons on images that have marked patches.
+
+    Args:
+        backbone: The network.
+        images: As `capture` takes them.
+        layer: As in `of_network`.
+        missing: As in `of_network`.
+        top: How many neurons.
+        shown: How many images, those with most marked patches among the first 16.
+        batch: Images at a time.
+
+    Returns:
+        norm [image, token]; activation [image, token, neuron], neurons named "block:number"; pixels [image, y, x, colour] of 0
+        to 255; patches alone.
+
+    Raises:
+        InputError: As `search` does.
+    """
+    images = capture.opened(backbone, images)
+    found = of_network(backbone, images, layer=layer, missing=missing, batch=batch)
+    pixels = images[:16] if isinstance(images, Tensor) else next(iter(images.pixels(16)))
+    chosen = ranked(found, top)
+    at = found.attrs["layer"]
+    seen = capture.capture(backbone, pixels, norms=[at], neurons=by_block(chosen), kinds="patch", batch=batch)
+    norm = seen["norms"].isel(layer=0)
+    number = (norm.transpose("image", "token").values > found.attrs["cutoff"]).sum(1)
+    best = np.sort(np.argsort(-number, kind="stable")[:shown])
+    activation = seen["neurons"].sel(neuron=[f"{b}:{j}" for b, j in chosen])
+    data = xr.Dataset({"norm": norm, "activation": activation}).isel(image=best)
+    shape = ("image", "y_pixel", "x_pixel", "colour")
+    data["pixels"] = (shape, (255 * pixels[best]).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8))
+    return data.assign_attrs(found.attrs)
+
+
+def dose(
+    backbone: Backbone,
+    images: Any,
+    *,
+    counts: Sequence[int],
+    layer: int = -1,
+    missing: float = 0.02,
+    batch: int = 16,
+) -> xr.Dataset:
+    """Suppress more and more of a network's strongest neurons, and as many random ones.
+
+    Args:
+        backbone: The network.
+        images: As `capture` takes them.
+        counts: As in `suppression`.
+        layer: As in `of_network`.
+        missing: As in `of_network`.
+        batch: Images at a time.
+
+    Returns:
+        What `suppression` gives for the neurons of the largest shares.
+
+    Raises:
+        InputError: As `search` and `suppression` do.
+    """
+    images = capture.opened(backbone, images)
+    found = of_network(backbone, images, layer=layer, missing=missing, batch=batch)
+    order, cutoff = ranked(found, max(counts)), found.attrs["cutoff"]
+    return suppression(backbone, images, neurons=order, counts=counts, cutoff=cutoff, layer=layer, batch=batch)

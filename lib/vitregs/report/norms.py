@@ -4,10 +4,14 @@ import textwrap
 from collections.abc import Mapping
 from itertools import cycle
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from vitregs import arrays
 from vitregs.arrays import KINDS, patch_maps, patches
@@ -15,8 +19,12 @@ from vitregs.data import published
 from vitregs.measure import fingerprint, outliers
 from vitregs.measure.diagnose import Diagnosis
 from vitregs.measure.mixture import Cutoff
+from vitregs.measure.neurons import ranked
 from vitregs.report.format import cell
-from vitregs.report.style import PALETTE, axes_grid, blank, norm_edges, norm_histogram
+from vitregs.report.neurons import draw_activations
+from vitregs.report.style import MARKED, OTHERS, PALETTE, STYLE, axes_grid, blank, norm_edges, norm_histogram
+
+STRONGEST = 6  # neurons in a diagnosis
 
 
 def verdicts(norms: Mapping[str, xr.DataArray]) -> pd.DataFrame:
@@ -143,35 +151,104 @@ def plot_layers_and_density(name: str, norms: xr.DataArray, layer: int, cut: flo
 
 
 def plot_diagnosis(found: Diagnosis) -> Figure:
-    """Norms over layers, their density at the deciding layer, and maps of the first images: a Diagnosis → Figure."""
-    assert found.norms is not None
-    cut = found.layers.set_index("layer").loc[found.layer, "cutoff"]
-    figure = plot_layers_and_density(found.model, found.norms, found.layer, cut, found.verdict)
-    if found.shown is not None:
-        at = found.norms.sel(layer=found.layer)
-        _add_maps(figure, found, patch_maps(at.isel(image=slice(len(found.shown)))).values)
+    """Draw a diagnosis in four panels: a Diagnosis → Figure.
+
+    Images with marked patches outlined; norms over layers, those of marked patches apart; register neurons on marked and on
+    other patches, or the density of norms where none were looked for; attention that marked and other patches receive.
+    """
+    figure, axes = axes_grid(2, 2, 9.4, 6.6)
+    with mpl.rc_context(STYLE):
+        _draw_images(figure, axes[0, 0], found)
+        _draw_growth(figure, axes[0, 1], found)
+        if found.searched is None:
+            _draw_density(axes[1, 0], found)
+        else:
+            _draw_neurons(axes[1, 0], found)
+        _draw_attention(axes[1, 1], found)
+    figure.suptitle(f"{found.model}: {found.fingerprint.word} (layer {found.layer})", fontsize=11)
     return figure
 
 
-def _add_maps(figure: Figure, found: Diagnosis, norms: np.ndarray) -> None:
-    """Add a strip of images below, each with its norm map and its CLS attention."""
-    assert found.shown is not None
-    kinds: list[tuple[str, np.ndarray, str | None]] = [("image", found.shown, None)]
-    kinds.append((f"norm, layer {found.layer}", norms, "inferno"))
-    if found.attention is not None:
-        kinds.append(("CLS attention", found.attention, "viridis"))
-    figure.set_figheight(3.2 + 1.35)
-    outer = figure.add_gridspec(2, 1, height_ratios=[3.2, 1.35])
-    above = outer[0].subgridspec(1, 2)
-    for i in range(2):
-        figure.axes[i].set_subplotspec(above[i])
-    strip = outer[1].subgridspec(1, len(kinds) * len(found.shown))
-    for i in range(len(found.shown)):
-        for j, (title, maps, colours) in enumerate(kinds):
-            axis = figure.add_subplot(strip[i * len(kinds) + j])
-            axis.imshow(maps[i], cmap=colours, interpolation="nearest")
-            axis.set_title(title, fontsize=8)
-            blank(axis)
+def _draw_images(figure: Figure, panel: Axes, found: Diagnosis) -> None:
+    """Images with the marked patches outlined, side by side in the place of a panel."""
+    marked, shown = found.marked, found.shown
+    assert shown is not None
+    panel.set_axis_off()
+    number = 0 if marked is None else int(marked.values[found.shown_at].sum())
+    panel.set_title(f"{number} marked patches in these images" if number else "no patch of these images is marked")
+    place = panel.get_subplotspec()
+    assert place is not None
+    strip = place.subgridspec(1, len(shown))
+    for i in range(len(shown)):
+        axis = figure.add_subplot(strip[i])
+        axis.imshow(shown[i])
+        blank(axis)
+        if marked is None:
+            continue
+        rows = patch_maps(marked.isel(image=found.shown_at[i]).astype(float)).values
+        high, wide = shown.shape[1] / rows.shape[0], shown.shape[2] / rows.shape[1]
+        for colour, width in (("white", 3.0), (MARKED, 1.6)):  # seen on any background
+            for y, x in np.argwhere(rows > 0):
+                corner = (x * wide - 0.5, y * high - 0.5)
+                axis.add_patch(Rectangle(corner, wide, high, fill=False, ec=colour, lw=width))
+
+
+def _draw_growth(figure: Figure, axis: Axes, found: Diagnosis) -> None:
+    """Norms over layers, with the median and the central 90 % of the marked patches."""
+    assert found.norms is not None
+    values = patches(found.norms).transpose("layer", "image", "token").values
+    edges = norm_edges(values)
+    share = np.stack([np.histogram(v, edges)[0] / v.size for v in values])
+    norm_histogram(figure, axis, np.asarray(found.norms["layer"]), edges, share, "Blues")
+    axis.set(xlabel="layer", ylabel="L2 norm of patch tokens", title="norms over layers")
+    if found.marked is not None and found.marked.any():
+        low, middle, high = np.quantile(values[:, found.marked.values], [0.05, 0.5, 0.95], axis=1)
+        x = np.arange(len(values))
+        axis.fill_between(x, low, high, color=MARKED, alpha=0.3, lw=0)
+        axis.plot(x, middle, "o-", ms=3, color=MARKED, label="marked patches: median, 90 %")
+        axis.legend(loc="upper left")
+
+
+def _draw_density(axis: Axes, found: Diagnosis) -> None:
+    """Density of norms at the deciding layer, with the cut-off."""
+    assert found.norms is not None
+    axis.hist(patches(found.norms.sel(layer=found.layer)).values.ravel(), bins=80, density=True, log=True, color=OTHERS)
+    cut = found.layers.set_index("layer").loc[found.layer, "cutoff"]
+    if np.isfinite(cut):
+        axis.axvline(cut, color=MARKED, ls="--", lw=1.5, label=f"cut-off {cut:.3g}")
+        axis.legend()
+    axis.set(xlabel="L2 norm of patch tokens", ylabel="density (log scale)")
+    axis.set_title(f"norms at layer {found.layer}" + ("" if np.isfinite(cut) else ": no cut-off"))
+
+
+def _draw_neurons(axis: Axes, found: Diagnosis) -> None:
+    """The strongest register neurons, or the strongest of all where there are none, on marked and on other patches."""
+    assert found.searched is not None
+    chosen = [(b, j) for b, j in ranked(found.searched) if j in found.fingerprint.neurons.get(b, [])][:STRONGEST]
+    title = f"activation of {len(chosen)} of {sum(map(len, found.fingerprint.neurons.values()))} register neurons"
+    if not chosen:
+        chosen, title = ranked(found.searched, STRONGEST), "neurons of the largest shares: none is a register neuron"
+    draw_activations(axis, found.searched, chosen)
+    axis.set_title(title)
+
+
+def _draw_attention(axis: Axes, found: Diagnosis) -> None:
+    """Attention that marked and other patches receive, or that the most attended patch does where none is marked."""
+    axis.axhline(1, color="grey", lw=0.8, ls=":")
+    if found.attention is None:
+        rows = found.layers[found.layers.layer > 0]
+        axis.plot(rows.layer, rows.sink, "o-", ms=3, color=OTHERS)
+        axis.set_title("attention on the most attended patch")
+    else:
+        for query, style in zip(found.attention["query"].values, ("o-", "s--"), strict=False):
+            for which, colour in (("marked", MARKED), ("others", OTHERS)):
+                line = found.attention.sel(query=query, which=which)
+                of = "all queries" if query == "all" else "CLS"
+                axis.plot(line["block"], line, style, ms=3, color=colour, label=f"{which}, of {of}")
+        axis.set_title("attention received")
+        axis.legend(ncols=2, loc="upper left")
+    axis.set(xlabel="block", ylabel="fair shares", ylim=(0, 1.3 * axis.get_ylim()[1]))  # room for the legend
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plot_sizes(norms: Mapping[str, xr.DataArray]) -> Figure:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 PALETTE = sns.color_palette("colorblind")
+MARKED, OTHERS = PALETTE[3], PALETTE[0]  # marked patches and the others, wherever both are drawn
 STYLE: Any = {
     "figure.dpi": 110,
     "savefig.facecolor": "white",
@@ -64,11 +65,13 @@ def norm_edges(*values: np.ndarray) -> np.ndarray:
     return np.geomspace(max(low, high * 1e-6), high, 70)
 
 
-def norm_histogram(figure: Figure, axis: Axes, x: np.ndarray, edges: np.ndarray, share: np.ndarray) -> None:
+def norm_histogram(
+    figure: Figure, axis: Axes, x: np.ndarray, edges: np.ndarray, share: np.ndarray, colours: str = "viridis"
+) -> None:
     """One two-dimensional histogram with a column for each x; columns are drawn equally wide."""
     sides = np.arange(len(x) + 1) - 0.5
     mesh = axis.pcolormesh(
-        sides, edges, np.where(share > 0, share, np.nan).T, cmap="viridis", norm=LogNorm(1e-5, 1), rasterized=True
+        sides, edges, np.where(share > 0, share, np.nan).T, cmap=colours, norm=LogNorm(1e-5, 1), rasterized=True
     )
     step = -(-len(x) // 9)
     axis.set_yscale("log")
@@ -79,7 +82,7 @@ def norm_histogram(figure: Figure, axis: Axes, x: np.ndarray, edges: np.ndarray,
     axis.grid(False)
     bar = figure.colorbar(mesh, ax=axis)
     bar.set_label("share of tokens", size=8)
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(labelsize=8)
 
 
 def plot_images(
