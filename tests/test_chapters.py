@@ -491,3 +491,12 @@ def test_colours_of_patches_are_those_of_the_scenes() -> None:
             ranks = truth.instances[i, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8].flatten().long().bincount(minlength=7)
             rank = int(ranks.argmax())
             assert found[i, p] == (-1 if rank == 0 else int(truth.objects[i, rank - 1, 1]))
+
+
+@pytest.mark.parametrize("chapter", parameters.names())
+def test_papermill_lists_every_parameter(chapter: str) -> None:
+    """It leaves out what has an equals sign in its comment or default, and then calls it unknown."""
+    import papermill
+
+    seen = papermill.inspect_notebook(str(paths.ROOT / "notebooks" / f"{chapter}.ipynb"))
+    assert set(seen) == set(parameters.chapter_parameters(chapter))

@@ -154,6 +154,27 @@ def plot_before_and_after(
     return plot_images(images, maps, limits=limits, colours=colours, label=label)
 
 
+def plot_cure(
+    images: np.ndarray, norms: tuple[np.ndarray, np.ndarray], attention: tuple[np.ndarray, np.ndarray]
+) -> Figure:
+    """Photographs with their norm and CLS attention maps before and after a remedy (Fig 1, 2): images (n, H, W, 3), two maps
+    (n, rows, columns) of each → Figure with a row an image; norms have one scale, attention maps each its own."""
+    names = ["image", "norm", "norm, cured", "CLS attention", "CLS attention, cured"]
+    figure, axes = axes_grid(len(images), len(names), 1.6 * len(names), 1.6 * len(images) + 0.3, layout="compressed")
+    limits = {"vmin": min(m.min() for m in norms), "vmax": max(m.max() for m in norms), "cmap": "inferno"}
+    for i, line in enumerate(axes):
+        line[0].imshow(images[i])
+        for axis, maps in zip(line[1:3], norms, strict=True):
+            axis.imshow(maps[i], interpolation="nearest", **limits)
+        for axis, maps in zip(line[3:], attention, strict=True):
+            axis.imshow(maps[i], interpolation="nearest", cmap="viridis")
+        for axis in line:
+            blank(axis)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=10)
+    return figure
+
+
 def plot_boxes(
     images: np.ndarray, found: Mapping[str, xr.DataArray], truth: Mapping[int, np.ndarray] | None = None
 ) -> Figure:
