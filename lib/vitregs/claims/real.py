@@ -275,7 +275,7 @@ def _gain(folder: Path, name: str, metric: str) -> Measured:
 @measure
 def real_linear(folder: Path) -> Measured:
     """Linear classification on Imagenette, points: with minus without a test-time register."""
-    return _gain(folder, "transfer_on_imagenette", "Imagenette")
+    return _gain(folder, "transfer_on_imagenette", "label")
 
 
 @measure
