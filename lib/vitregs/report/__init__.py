@@ -2,6 +2,7 @@
 
 from vitregs.report import (
     attention,
+    behaviour,
     features,
     format,
     lost,
@@ -16,6 +17,7 @@ from vitregs.report import (
 
 __all__ = [
     "attention",
+    "behaviour",
     "features",
     "format",
     "lost",
