@@ -19,7 +19,7 @@ from vitregs import cache, paths
 from vitregs.data import datasets, images
 from vitregs.data.images import Images
 from vitregs.errors import InputError, unknown
-from vitregs.measure import attention, diagnose, lost, norms, object_attention, pca, remedies
+from vitregs.measure import attention, behaviour, diagnose, lost, norms, object_attention, pca, remedies
 from vitregs.models import capture
 from vitregs.models.backbone import Backbone
 from vitregs.probes import classification, local, transfer
@@ -115,6 +115,9 @@ ENTRIES: Mapping[str, Entry] = {
     "artifact_by_dose": Entry(remedies.artifact_by_dose, "coco", bare=True),
     "lost_by_dose": Entry(remedies.lost_by_dose, "coco", bare=True),
     "segments_by_dose": Entry(probes_of_remedies.segments_by_dose, "coco", bare=True),
+    "behaviour": Entry(behaviour.interventions, "coco", {"first": 128}, bare=True),
+    "behaviour_resolutions": Entry(behaviour.resolutions, "coco", {"first": 64}, bare=True),
+    "behaviour_cosines": Entry(behaviour.cosines, "coco", {"first": 128}, bare=True),
     "interventions_on_imagenette": Entry(remedies.interventions, "imagenette", HEAD, bare=True),
     "answers_by_dose": Entry(remedies.answers_by_dose, "imagenette", HEAD, bare=True),
     # what tokens know of the whole image

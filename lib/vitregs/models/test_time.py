@@ -186,14 +186,24 @@ class _Appended:
             return super().pool(torch.cat([x[:, :at], x[:, at + self.appended :]], 1), *args, **kwargs)  # type: ignore[misc]
 
 
-def _twin(net: nn.Module) -> Any:
-    """Copy a network but for its weights, which both share: changes of the copy leave no trace on the original."""
+def twin(net: nn.Module) -> Any:
+    """Copy a network but for its weights, which both share: module → copy, whose changes leave no trace on the original."""
     shared = {id(p): p for p in chain(net.parameters(), net.buffers())}
     return copy.deepcopy(net, shared)
 
 
-def _changed(backbone: Backbone, net: nn.Module, ending: str, settings: Any) -> Backbone:
-    """A backbone of a changed network: its positions are resized from the original's, and its key tells the change."""
+def changed(backbone: Backbone, net: nn.Module, ending: str, settings: Any) -> Backbone:
+    """Make a backbone of a changed network, known by a name and a key of its own.
+
+    Args:
+        backbone: The original, whose positions are resized for other sizes.
+        net: The changed module.
+        ending: Of the new name.
+        settings: All that decides the change, as JSON can hold it.
+
+    Returns:
+        The new backbone.
+    """
     digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     made = replace(backbone, name=backbone.name + ending, net=net, weights=f"{backbone.weights}{ending}:{digest}")
     made._tables, made._native = backbone._tables, backbone._native
@@ -294,7 +304,7 @@ def append(
     if first.shape[1] not in (1, count):
         raise InputError(f"start holds one token or {count}, not {first.shape[1]}")
     first = first.expand(1, count, -1).contiguous().to(backbone.device)
-    net = _twin(original)
+    net = twin(original)
     net.norm_pre = _Insert(net.norm_pre, first, backbone.prefix)
     net.__class__ = type(type(net).__name__, (_Appended, type(net)), {})
     net.appended, net.num_reg_tokens = count, count + int(getattr(net, "num_reg_tokens", 0) or 0)
@@ -310,7 +320,7 @@ def append(
     amount = f"{weight:g}" if weight != 1 else str(count)
     ending = name or f"+{'tt' if moved else 'zero'}{amount}"
     settings = [count, weight, moved, None if start is None else [round(float(v), 6) for v in first.flatten()]]
-    return _changed(backbone, net, ending, settings)
+    return changed(backbone, net, ending, settings)
 
 
 def suppress(backbone: Backbone, neurons: Blocks, *, name: str = "+suppressed") -> Backbone:
@@ -334,7 +344,7 @@ def suppress(backbone: Backbone, neurons: Blocks, *, name: str = "+suppressed") 
     """
     off = _plain(neurons)
     check_neurons(backbone, off)
-    net = _twin(backbone.net)
+    net = twin(backbone.net)
     for block, numbers in off.items():
 
         def silence(_module: nn.Module, given: tuple[Tensor, ...], numbers: list[int] = numbers) -> None:
@@ -342,7 +352,7 @@ def suppress(backbone: Backbone, neurons: Blocks, *, name: str = "+suppressed") 
                 given[0][..., number].zero_()
 
         net.blocks[block - 1].mlp.fc2.register_forward_pre_hook(silence)
-    return _changed(backbone, net, name, off)
+    return changed(backbone, net, name, off)
 
 
 def random_neurons(backbone: Backbone, neurons: Blocks, *, seed: int = 0) -> dict[int, list[int]]:

@@ -2,6 +2,7 @@
 
 from vitregs.report import (
     attention,
+    behaviour,
     features,
     format,
     lost,
@@ -17,6 +18,7 @@ from vitregs.report import (
 
 __all__ = [
     "attention",
+    "behaviour",
     "features",
     "format",
     "lost",
