@@ -170,7 +170,6 @@ def test_a_diagnosis_without_attention_keeps_its_norms() -> None:
     found = diagnose(bare, images.open_images("scenes", size=84, count=8))
     assert found.layers["sink"].isna().tolist() == [True, False, True, False]
     assert "block 2 does not use fused attention" in found.sinks
-    assert found.attention.shape == (3, 6, 6)
 
 
 def test_a_diagnosis_says_how_sinks_were_estimated() -> None:
