@@ -7,12 +7,14 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import timm
 import xarray as xr
 
 from vitregs import cache, paths
 from vitregs.book import chapter, execute, parameters
 from vitregs.book.chapter import Run
 from vitregs.book.parameters import Parameter
+from vitregs.claims import networks
 from vitregs.data import scenes
 from vitregs.data.images import Images
 from vitregs.errors import InputError
@@ -500,3 +502,17 @@ def test_papermill_lists_every_parameter(chapter: str) -> None:
 
     seen = papermill.inspect_notebook(str(paths.ROOT / "notebooks" / f"{chapter}.ipynb"))
     assert set(seen) == set(parameters.chapter_parameters(chapter))
+
+
+def test_some_published_networks_and_the_photographs_they_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("10_object_discovery", models=[PICO], published=["deit_tiny_patch16_224", "deit_tiny_patch16_224+tt1"])
+    monkeypatch.setattr(networks, "read", lambda network, name, **_: f"{name} of {network}")
+    assert list(run.published("corloc")) == run.values["published"]
+    assert run.published("corloc", of=["deit_tiny_patch16_224"]) == {
+        "deit_tiny_patch16_224": "corloc of deit_tiny_patch16_224"
+    }
+    network = registry.wrap(timm.create_model("deit_tiny_patch16_224", pretrained=False))
+    seen = next(networks.open_set("photographs", network, "").pixels(2)).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(run.photographs(2), seen)
+    with pytest.raises(InputError, match="timm knows no mae-pico"):
+        networks.photographs("mae-pico", 1)

@@ -417,3 +417,45 @@ def test_style_stays_inside():
     before = dict(plt.rcParams)
     report.style.note("once")
     assert dict(plt.rcParams) == before
+
+
+def test_norms_without_and_with_a_register() -> None:
+    pair = {"net": norms(registers=0), "net+tt1": norms(registers=1)}
+    pair = {name: xr.concat([a + i / 100 for i in range(3)], "image") for name, a in pair.items()}
+    start = pair["net+tt1"]["layer"] == 0
+    pair["net+tt1"] = pair["net+tt1"].where(~(start & (pair["net+tt1"]["kind"] == "register")), 0)
+    density, *spread = panels(report.norms.plot_without_and_with(pair))
+    assert labels(density) == list(pair)
+    for axis, (name, a) in zip(spread, pair.items(), strict=True):
+        v = arrays.patches(a).transpose("layer", "image", "token").values
+        assert axis.get_title() == name
+        np.testing.assert_allclose(np.nansum(mesh(axis), 0), 1, atol=0.03)  # the lowest norms may be left out
+        assert mesh(axis).shape[1] == len(v)
+    assert not spread[0].lines
+    (line,) = spread[1].lines
+    register = pair["net+tt1"].isel(token=[1]).mean("image").values.ravel()
+    np.testing.assert_allclose(line.get_ydata()[1:], register[1:])
+    assert np.isnan(line.get_ydata()[0])  # it enters as zeros, which a log axis cannot show
+
+
+def test_breadth_of_maps() -> None:
+    spot = np.full((4, 3, ROWS, COLUMNS), 1e-9)
+    spot[:, :2] = 1  # CLS and the register look everywhere, the patch at one place
+    spot[:, 2, 1, 2] = 1
+    coords = {"query": ["cls", "reg0", "1,2"], "query_kind": ("query", ["cls", "register", "patch"])}
+    maps = xr.DataArray(spot, dims=("image", "query", "y", "x"), coords=coords)
+    pixels = RNG.random((2, 6, 10, 3))
+    figure = report.registers.plot_breadth(
+        {"net": maps.isel(query=[0, 2]), "net+tt1": maps}, pixels, {"net": maps.isel(query=[0, 2]), "net+tt1": maps}
+    )
+    axes = np.array(panels(figure)).reshape(3, 6)
+    assert [a.get_title() for a in axes[0, 1:]] == [
+        "untouched\nCLS: 15",
+        "untouched\npatch 1,2: 1",
+        "+tt1\nCLS: 15",
+        "+tt1\nreg0: 15",
+        "+tt1\npatch 1,2: 1",
+    ]
+    np.testing.assert_array_equal(image(axes[1, 0]), pixels[0])
+    np.testing.assert_array_equal(image(axes[2, 5]), spot[1, 2])
+    assert "+tt1 15.00 [15.00, 15.00]" in figure.get_suptitle()

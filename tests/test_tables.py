@@ -163,3 +163,107 @@ def test_the_zoo_in_a_table() -> None:
 def test_a_recipe_in_a_table() -> None:
     found = report.training.settings({"lr": 0.1, "difficulty": {"objects": 1}, "layer_scale": None})
     assert found.to_dict("list") == {"setting": ["lr", "layer_scale"], "value": ["0.1", "None"]}
+
+
+def with_register(norms: np.ndarray) -> xr.DataArray:
+    """[image, layer, token] of CLS, one register and 15 patches."""
+    return array(norms, ("image", "layer", "token"), layer=list(range(norms.shape[1])))
+
+
+def planted_pair(count: int = 60) -> dict[str, xr.DataArray]:
+    """Two outliers in each image without a register, one in every tenth image with one, whose norm is always 40."""
+    rng = np.random.default_rng(1)
+    plain = 10 * np.exp(0.05 * rng.standard_normal((count, 2, 17)))
+    cured = plain.copy()
+    plain[:, 1, 2:4] = 100 * np.exp(0.05 * rng.standard_normal((count, 2)))
+    cured[::10, 1, 2] = 100
+    cured[:, 0, 1], cured[:, 1, 1] = 0, 40  # a zero token enters
+    without = with_register(plain).isel(token=[0, *range(2, 17)])
+    return {"net": without, "net+tt1": with_register(cured)}
+
+
+def test_what_a_register_leaves_of_the_norms() -> None:
+    table = report.norms.without_and_with(planted_pair()).set_index("model")
+    first = {c: [v.split()[0] for v in table[c]] for c in table.columns}
+    assert first["above the cut-off, %"] == ["13.33", "0.67"]  # 2 of 15 patches; 6 of 900
+    assert first["of the first's, %"] == ["100.0", "5.0"]
+    assert float(first["largest / median"][0]) == pytest.approx(10.4, abs=0.3)
+    assert float(first["over the first's"][1]) == pytest.approx(0.13, abs=0.02)
+    assert first["register / median"][0] == "–"
+    assert float(first["register / median"][1]) == pytest.approx(4, abs=0.05)
+    assert first["its variation"][1] == "0.00"
+    alone = report.norms.without_and_with({"net": planted_pair()["net"].isel(layer=[0])})
+    assert "of the first's, %" not in alone  # no cut-off: nothing is left of nothing
+
+
+def planted_boxes(hits: list[float], covered: float) -> xr.Dataset:
+    """CorLoc of four images, the last without a true box, at one setting."""
+    at = ("projection", "setting", "image")
+    return xr.Dataset(
+        {
+            "hit": (at, np.array([[[*hits, np.nan]]])),
+            "covered": (at, np.full((1, 1, 4), covered)),
+            "baseline": (("rule", "image"), [[1.0, 1.0, 0.0, np.nan]]),
+        },
+        coords={"projection": ["value"], "setting": ["bias 0"], "rule": ["whole image"]},
+    )
+
+
+def test_a_score_stands_beside_what_its_boxes_cover_and_its_control() -> None:
+    found = {
+        "a": planted_boxes([0, 0, 1], 0.2),
+        "b": planted_boxes([1, 1, 1], 0.95),
+        "c": planted_boxes([0, 1, 1], 0.5),
+    }
+    table = report.lost.settings(found)
+    row = {k: v.split()[0] for k, v in table.loc["bias 0"].items()}
+    assert row["a", "CorLoc"] == "33.3"
+    assert (row["b", "CorLoc"], row["b", "− first"], row["b", "covered"]) == ("100.0", "+66.7", "95")
+    assert (row["c", "− first"], row["c", "second − it"]) == ("+33.3", "+33.3")
+    assert ("a", "− first") not in row
+    assert ("b", "second − it") not in row
+    assert table.loc["whole image (no model)", ("b", "CorLoc")] == "66.7"
+
+
+def test_components_far_out_are_counted_and_compared() -> None:
+    maps = np.zeros((2, 1, 2, 5))
+    smooth = xr.Dataset({"maps": (("image", "component", "y", "x"), maps.copy())})
+    maps[:, 0, 0, 0] = [4, -4]
+    spots = xr.Dataset({"maps": (("image", "component", "y", "x"), maps)})
+    table = report.features.beyond({"spots": spots, "smooth": smooth})
+    assert table["beyond 3σ, %"].tolist() == ["10.000 [10.000, 10.000]", "0.000 [0.000, 0.000]"]
+    assert table["the first minus it, points"].tolist() == ["–", "+10.000 [+10.000, +10.000]"]
+
+
+def planted_scores(right: list[float], overlap: int) -> tuple[xr.Dataset, xr.Dataset]:
+    """Classes of four images; masks of two, of whose ten pixels of one class so many agree."""
+    each = np.array([right])
+    score = each.mean()
+    facts = {k: ("metric", [score]) for k in ("score", "low", "high")} | {"n": ("metric", [4])}
+    classes = xr.Dataset({**facts, "each": (("mean", "image"), each)}, coords={"metric": ["label"], "mean": ["label"]})
+    counts = np.tile(np.array([[overlap], [20]]), (1, 2, 1, 1))
+    of = overlap / (20 - overlap)
+    facts = {k: ("metric", [of]) for k in ("score", "low", "high")} | {"n": ("metric", [2])}
+    segments = xr.Dataset(
+        {**facts, "counts": (("segments", "image", "side", "class"), counts)},
+        coords={"metric": ["mask mIoU"], "segments": ["mask mIoU"]},
+    )
+    return classes, segments
+
+
+def test_scores_without_and_with_a_register_stand_beside_the_papers() -> None:
+    (c0, s0), (c1, s1) = planted_scores([1, 1, 0, 0], 10), planted_scores([1, 1, 1, 0], 10)
+    right = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]], float)
+    answers = xr.Dataset({"right": (("change", "image"), right)}, coords={"change": ["untouched", "+zero1", "+tt1"]})
+    table = report.transfer.beside_paper({"n": c0, "n+tt1": c1}, {"n": s0, "n+tt1": s1}, answers)
+    assert table["DINOv2 ViT-L (paper)", "difference"].tolist() == ["+0.5", "+1.3", "+0.5"]
+    here = table["here"].map(lambda v: v.split()[0])
+    assert here["without"].tolist() == ["50.0", "100.0", "25.0"]
+    assert here["difference"].tolist() == ["+25.0", "+0.0", "+25.0"]
+    assert table["", "images"].tolist() == ["4", "2", "4"]
+
+
+def test_names_of_one_network_become_what_was_done_to_it() -> None:
+    assert report.format.variants(["net", "net+tt1"]) == {"net": "untouched", "net+tt1": "+tt1"}
+    assert report.format.variants(["net", "other+tt1"]) == {"net": "net", "other+tt1": "other+tt1"}
+    assert report.format.variants(["net"]) == {"net": "net"}

@@ -4,7 +4,7 @@ import ast
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from html import escape
@@ -170,7 +170,11 @@ class Run:
             return {}
         return {name: registry.load(name, weights=weights, device=device) for name in self.values["published"]}
 
-    def published(self, name: str) -> dict[str, Any]:
+    def photographs(self, count: int) -> np.ndarray:
+        """The first photographs as the chapter's first published network sees them, to draw: → (count, H, W, 3) in [0, 1]."""
+        return networks.photographs(self.values["published"][0], count)
+
+    def published(self, name: str, *, of: Sequence[str] | None = None) -> dict[str, Any]:
         """What was measured on the chapter's published networks (its parameter `published`), drawn without weights or images.
 
         Where the parameter `afresh` tells where weights and images lie, the same is measured anew with them, and kept beside
@@ -178,6 +182,7 @@ class Run:
 
         Args:
             name: a row of `networks.ENTRIES`.
+            of: some of the chapter's published networks, None for all.
 
         Returns:
             What the function of that row gives, by the name of the network.
@@ -191,7 +196,7 @@ class Run:
         where = networks.entry(name).images
         given = {networks.HERE: "", **networks.places(self.values["afresh"])[1]}
         found = {}
-        for network in self.values["published"]:
+        for network in self.values["published"] if of is None else of:
             backbone = self._anew.get(network)
             if backbone is None or where not in given:
                 found[network] = networks.read(network, name, weights=backbone.weights if backbone else None)

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import xarray as xr
 
 from vitregs import cache, paths
 from vitregs.data import datasets, images
 from vitregs.data.images import Images
+from vitregs.data.preparation import Preparation
 from vitregs.errors import InputError, unknown
 from vitregs.measure import attention, behaviour, diagnose, lost, norms, object_attention, pca, remedies
-from vitregs.models import capture
+from vitregs.models import capture, test_time
 from vitregs.models.backbone import Backbone
 from vitregs.probes import classification, local, transfer
 from vitregs.probes import remedies as probes_of_remedies
@@ -59,6 +61,23 @@ IMAGE_SETS: Mapping[str, Callable[[Backbone, str], Images]] = {
 HERE = "photographs"  # the set that needs no folder
 
 
+def photographs(network: str, count: int) -> np.ndarray:
+    """Photographs as a network sees them, without its weights: a name that timm knows, a test-time register may be appended, how
+    many → (count, H, W, 3) in [0, 1].
+
+    Raises:
+        InputError: for names that timm does not know.
+    """
+    bare = test_time.split(network)[0]
+    config = timm.get_pretrained_cfg(bare, allow_unregistered=False) if timm.is_model(bare) else None
+    if config is None:
+        raise InputError(f"timm knows no {bare}: how it prepares photographs is not known without its weights")
+    found = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
+    size = found["input_size"][1:]
+    shown = images.open_images("photographs", size=size, preparation=Preparation.of(found))
+    return next(shown.pixels(count)).permute(0, 2, 3, 1).numpy()
+
+
 # --- what is measured
 @dataclass(frozen=True)
 class Entry:
@@ -92,6 +111,7 @@ ENTRIES: Mapping[str, Entry] = {
     "norms_on_photographs": Entry(capture.norms, "photographs", half=True),
     "cls_attention_on_photographs": Entry(capture.attention, "photographs", CLS, half=True),
     "components_on_photographs": Entry(pca.of_patches, "photographs", half=True),
+    "maps_on_photographs": Entry(object_attention.attention_maps, "photographs", half=True),
     "lost_on_photographs": Entry(lost.evaluate, "photographs", {"shown": 12}),
     # tables and histograms: COCO
     "background": Entry(object_attention.background_shares, "coco", half=True),

@@ -251,10 +251,9 @@ def real_register_height(folder: Path) -> Measured:
     return mean(register.max(1) / np.median(patch, 1), "DeiT-Tiny+tt1 on COCO")
 
 
-@measure
-def real_register_bands(folder: Path) -> Measured:
-    """Variation of the register's norm over images, as a share of that of patch norms (coefficients of variation)."""
-    register, patch = _registers(folder)
+def variation(register: np.ndarray, patch: np.ndarray) -> tuple[float, float, float]:
+    """Variation of registers' norms over images, as a share of that of patch norms (coefficients of variation): (images,
+    registers), (images, patches) → value, low, high (95 %, a bootstrap over images)."""
     draw = np.random.default_rng(0)
 
     def of(index: np.ndarray) -> float:
@@ -263,7 +262,14 @@ def real_register_bands(folder: Path) -> Measured:
 
     found = [of(draw.integers(0, len(register), len(register))) for _ in range(200)]
     low, high = np.quantile(found, [0.025, 0.975])
-    return Measured(of(np.arange(len(register))), float(low), float(high), len(register), "DeiT-Tiny+tt1 on COCO")
+    return of(np.arange(len(register))), float(low), float(high)
+
+
+@measure
+def real_register_bands(folder: Path) -> Measured:
+    """Variation of the register's norm over images, as a share of that of patch norms (coefficients of variation)."""
+    register, patch = _registers(folder)
+    return _measured(variation(register, patch), len(register), "DeiT-Tiny+tt1 on COCO")
 
 
 def _gain(folder: Path, name: str, metric: str) -> Measured:
@@ -356,23 +362,33 @@ def real_value_ratio(folder: Path) -> Measured:
     return _measured((float(at[k]) for k in ("ratio", "low", "high")), int(at["n"]), "DeiT-Tiny on COCO")
 
 
-@measure
-def real_wide_maps(folder: Path) -> Measured:
-    """Patches that the mean map of CLS covers (exponential of its entropy) over those of a patch's own mean map."""
-    maps = real(folder, CURED, "maps")["value"]
-    flat = maps.values.reshape(*maps.shape[:2], -1).astype(float)
+def areas(maps: xr.DataArray) -> np.ndarray:
+    """Patches that the mean map of each query covers, the exponential of its entropy: [image, query, y, x] → (queries,)."""
+    mean_ = maps.transpose("image", "query", "y", "x").values.astype(float).mean(0).reshape(maps.sizes["query"], -1)
+    part = mean_ / mean_.sum(1, keepdims=True)
+    return np.exp(-(part * np.log(np.maximum(part, 1e-12))).sum(1))
+
+
+def breadth(maps: xr.DataArray, draws: int = 200) -> tuple[float, float, float]:
+    """Patches that the mean maps of CLS and registers cover over those of patches' own: [image, query, y, x] → value, low, high
+    (95 %, a bootstrap over images)."""
     own = maps["query_kind"].values == "patch"
+    rng = np.random.default_rng(0)
+    count = maps.sizes["image"]
 
     def ratio(rows: np.ndarray) -> float:
-        mean_ = flat[rows].mean(0)
-        part = mean_ / mean_.sum(1, keepdims=True)
-        area = np.exp(-(part * np.log(np.maximum(part, 1e-12))).sum(1))
-        return float(area[~own].mean() / area[own].mean())
+        found = areas(maps.isel(image=rows))
+        return float(found[~own].mean() / found[own].mean())
 
-    every = np.arange(len(flat))
-    rng = np.random.default_rng(0)
-    low, high = np.quantile([ratio(rng.choice(every, len(every))) for _ in range(200)], [0.025, 0.975])
-    return Measured(ratio(every), float(low), float(high), len(every), "DeiT-Tiny+tt1 on COCO")
+    low, high = np.quantile([ratio(rng.choice(count, count)) for _ in range(draws)], [0.025, 0.975])
+    return ratio(np.arange(count)), float(low), float(high)
+
+
+@measure
+def real_wide_maps(folder: Path) -> Measured:
+    """Patches that the mean maps of CLS and the register cover (exponential of their entropy) over those of a patch's own."""
+    maps = real(folder, CURED, "maps")["value"]
+    return _measured(breadth(maps), maps.sizes["image"], "DeiT-Tiny+tt1 on COCO")
 
 
 def _beyond(folder: Path, network: str) -> np.ndarray:

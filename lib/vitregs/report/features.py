@@ -56,6 +56,25 @@ def summary(
     return pd.DataFrame(rows)
 
 
+def beyond(found: Mapping[str, xr.Dataset], limit: float = 3) -> pd.DataFrame:
+    """Patches that lie far out in the first component: {model: principal(…)}, the one without registers first, standard
+    deviations → a row a model with 95 % intervals over images, in per cent, and the first minus each in points (Fig 20)."""
+    shares = {
+        name: 100 * (np.abs(data["maps"].isel(component=0).values) > limit).mean((1, 2)) for name, data in found.items()
+    }
+    first = next(iter(shares.values()))
+    return pd.DataFrame(
+        {
+            "model": name,
+            f"beyond {limit:g}σ, %": cell(arrays.bootstrap_interval(share), 3),
+            "the first minus it, points": "–"
+            if share is first
+            else cell(arrays.bootstrap_interval(first - share), 3, "+"),
+        }
+        for name, share in shares.items()
+    )
+
+
 def _alike(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """Absolute rank correlation in each image: (n, patches) twice → (n,), nan where a side is constant."""
     ranks = [pd.DataFrame(v).rank(axis=1).to_numpy() for v in (one, two)]

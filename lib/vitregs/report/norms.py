@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vitregs import arrays
 from vitregs.arrays import KINDS, patch_maps, patches
+from vitregs.claims import real
 from vitregs.data import published
 from vitregs.measure import fingerprint, outliers
 from vitregs.measure.diagnose import Diagnosis
@@ -128,6 +129,70 @@ def plot_token_strip(norms: Mapping[str, xr.DataArray]) -> Figure:
         axis.set(title=name, xticks=range(len(groups)), xticklabels=groups)
     for line in axes:
         line[0].set_ylabel("L2 norm")
+    return figure
+
+
+def without_and_with(norms: Mapping[str, xr.DataArray]) -> pd.DataFrame:
+    """What registers do to the norms of the last layer (Fig 7, 15): {model: [image, layer, token]}, the one without registers
+    first → a row a model with 95 % intervals over images.
+
+    Patches are counted above the cut-off of the first model. A register's variation is its coefficient of variation over
+    images as a share of that of patch norms.
+    """
+    plain = next(iter(norms.values())).isel(layer=-1)
+    cut = outliers.find_cutoff(plain)
+    before = patches(outliers.mark_outliers(plain, cut)).mean("token").values
+    highest = np.log(outliers.largest_ratio(plain).values)
+    rows = []
+    for name, a in norms.items():
+        at = a.isel(layer=-1)
+        marked = patches(outliers.mark_outliers(at, cut)).mean("token").values
+        ratios = outliers.largest_ratio(at)
+        row = {"model": name, "above the cut-off, %": cell(arrays.bootstrap_interval(100 * marked))}
+        if before.any():
+            row["of the first's, %"] = cell((100 * v for v in arrays.bootstrap_ratio(marked, before)), 1)
+        row["largest / median"] = cell(arrays.bootstrap_interval(ratios))
+        row["over the first's"] = cell(np.exp(arrays.bootstrap_interval(np.log(ratios.values) - highest)))
+        register, patch = (at.transpose("image", "token").values[:, at["kind"] == k] for k in ("register", "patch"))
+        if register.size:
+            row["register / median"] = cell(arrays.bootstrap_interval(register.max(1) / np.median(patch, 1)))
+            row["its variation"] = cell(real.variation(register, patch))
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def plot_without_and_with(norms: Mapping[str, xr.DataArray]) -> Figure:
+    """Norms without and with registers (Fig 4a, 7, 15): {model: [image, layer, token]}, the one without first → Figure.
+
+    On the left densities of patch norms in the last layer, the cut-off of the first model dashed and the mean norm of
+    registers dotted; then how patch norms spread over the layers of each, with the mean norm of each register as a line.
+    """
+    figure, axes = axes_grid(1, 1 + len(norms), 3.6 * (1 + len(norms)), 3.2)
+    values = {k: patches(a).transpose("layer", "image", "token").values for k, a in norms.items()}
+    registers = {k: a.isel(token=np.flatnonzero(a["kind"] == "register")).mean("image") for k, a in norms.items()}
+    registers = {k: a.where(a > 0) for k, a in registers.items()}  # an appended zero token enters with no norm
+    first = axes[0, 0]
+    bins = np.linspace(0, 1.05 * max(v[-1].max() for v in values.values()), 80)
+    for (name, v), colour in zip(values.items(), cycle(PALETTE), strict=False):
+        first.hist(v[-1].ravel(), bins, density=True, log=True, histtype="step", lw=1.5, color=colour, label=name)
+        for norm in registers[name].isel(layer=-1).values:
+            first.axvline(norm, color=colour, ls=":", lw=1.5)
+    cut = outliers.find_cutoff(next(iter(norms.values())).isel(layer=-1)).value
+    if cut is not None:
+        first.axvline(cut, color="black", ls="--", lw=1)
+    first.set(xlabel="L2 norm of patch tokens, last layer", ylabel="density (log scale)")
+    first.legend(loc="upper right", fontsize=7)
+    first.set_ylim(top=10 * first.get_ylim()[1])
+    edges = norm_edges(*values.values(), *(r.values[np.isfinite(r.values)] for r in registers.values() if r.size))
+    for axis, (name, v) in zip(axes[0, 1:], values.items(), strict=True):
+        share = np.stack([np.histogram(layer, edges)[0] / layer.size for layer in v])
+        norm_histogram(figure, axis, np.asarray(norms[name]["layer"]), edges, share)
+        for token in registers[name].transpose("token", "layer"):
+            axis.plot(token.values, "o-", ms=3, lw=1.2, color=PALETTE[3], label=str(token["label"].values))
+        if registers[name].size:
+            axis.legend()
+        axis.set(xlabel="layer", ylabel="L2 norm of patch tokens")
+        axis.set_title(name, fontsize=8)
     return figure
 
 

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from vitregs import arrays
+from vitregs.claims import real
 from vitregs.data import ground_truth, published
 from vitregs.measure import object_attention
-from vitregs.report.format import cell
+from vitregs.report.format import cell, variants
 from vitregs.report.style import PALETTE, axes_grid, blank, note
 
 
@@ -157,6 +158,44 @@ def plot_mean_maps(maps: Mapping[str, xr.DataArray]) -> Figure:
             axis.imshow(values.sel(query=query), cmap="viridis", interpolation="nearest")
             axis.set_title("CLS" if query == "cls" else f"patch {query}" if "," in query else str(query), fontsize=8)
         line[0].set_ylabel("-\n".join(name.rsplit("-", 1)), fontsize=7)
+    return figure
+
+
+def plot_breadth(maps: Mapping[str, xr.DataArray], images: np.ndarray, seen: Mapping[str, xr.DataArray]) -> Figure:
+    """How widely queries look (Fig 9, 16): {model: [image, query, y, x]} for the means, photographs (n, H, W, 3), {model: maps of
+    these photographs} → Figure: mean maps above, titled with the patches that they cover, then a row a photograph.
+
+    What a map covers is the exponential of its entropy: all patches if it is even, one if it is a spot. Each map has its own
+    colours.
+    """
+    columns = [(name, q) for name, a in maps.items() for q in range(a.sizes["query"])]
+    size = 1.35 * (1 + len(columns)), 1.35 * (1 + len(images)) + 0.7
+    figure, axes = axes_grid(1 + len(images), 1 + len(columns), *size, layout="compressed")
+    for axis in axes.flat:
+        blank(axis)
+    short, count = variants(maps), next(iter(maps.values())).isel(image=0, query=0).size
+    axes[0, 0].text(
+        0.5,
+        0.5,
+        f"mean of all\nimages: covers\nof {count} patches",
+        fontsize=8,
+        ha="center",
+        va="center",
+        transform=axes[0, 0].transAxes,
+    )
+    for i, image in enumerate(images, start=1):
+        axes[i, 0].imshow(image)
+    for j, (name, q) in enumerate(columns, start=1):
+        one = maps[name].isel(query=q)
+        query = str(one["query"].values)
+        title = "CLS" if query == "cls" else f"patch {query}" if "," in query else query
+        covered = real.areas(maps[name])[q]
+        axes[0, j].set_title(f"{short[name]}\n{title}: {covered:.0f}", fontsize=8)
+        shown = [one.mean("image"), *seen[name].isel(query=q, image=slice(len(images)))]
+        for axis, values in zip(axes[:, j], shown, strict=True):
+            axis.imshow(values.transpose("y", "x").values, cmap="viridis", interpolation="nearest")
+    told = [f"{short[name]} {cell(real.breadth(a))}" for name, a in maps.items()]
+    figure.suptitle("patches covered, CLS and registers / a patch: " + ", ".join(told), fontsize=9)
     return figure
 
 

@@ -11,6 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from vitregs import arrays
 from vitregs.data import published
+from vitregs.models import test_time
 from vitregs.models.pairs import comparable, register_pairs
 from vitregs.probes import transfer
 from vitregs.report.format import cell
@@ -50,6 +51,45 @@ def published_scores() -> pd.DataFrame:
                 found.setdefault((str(model), kind), {})[column] = text
     frame = pd.DataFrame(found).T.fillna("–")
     return frame.rename_axis(["model", "registers"])[list(PAPER)]
+
+
+def beside_paper(
+    classes: Mapping[str, xr.Dataset], segments: Mapping[str, xr.Dataset], answers: xr.Dataset
+) -> pd.DataFrame:
+    """Downstream scores of one network without and with a test-time register, beside the paper's largest pair (Table 2a).
+
+    Args:
+        classes: {model: transfer of labels}, the one without first, then the one with.
+        segments: {model: transfer of masks}, the same two.
+        answers: interventions on the network's trained head: right [change, image].
+
+    Returns:
+        A row a score, per cent with 95 % intervals over images; the difference in points, paired over the same images.
+    """
+    without, with_ = classes
+    paper = published_scores().loc["DINOv2 ViT-L/14"]
+    rows = []
+    for what, column, found, metric in (
+        ("classes, linear", "ImageNet, %", classes, "label"),
+        ("segmentation, linear, mIoU", "ADE20k, mIoU %", segments, "mask mIoU"),
+    ):
+        one, other = (found[name].sel(metric=metric) for name in (without, with_))
+        cells = [cell((100 * float(d[k]) for k in ("score", "low", "high")), 1) for d in (one, other)]
+        gap = transfer.difference(found[without], found[with_], metric)
+        rows.append([what, *paper[column], *cells, cell((100 * v for v in gap), 1, "+"), f"{int(one['n'])}"])
+    changes = ["untouched", test_time.split(with_)[1]]
+    right = [100 * answers["right"].sel(change=c).values.astype(float) for c in changes]
+    cells = [cell(arrays.bootstrap_interval(v), 1) for v in right]
+    change = cell(arrays.bootstrap_interval(right[1] - right[0]), 1, "+")
+    rows.append(["classes, trained head", *paper["ImageNet, %"], *cells, change, f"{len(right[0])}"])
+    kinds = ("without", "with", "difference")
+    names = [
+        ("", "score"),
+        *(("DINOv2 ViT-L (paper)", k) for k in kinds),
+        *(("here", k) for k in kinds),
+        ("", "images"),
+    ]
+    return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(names))
 
 
 def measured_metrics(found: Mapping[str, xr.Dataset]) -> str:
