@@ -19,7 +19,7 @@ from vitregs import cache, paths
 from vitregs.data import datasets, images
 from vitregs.data.images import Images
 from vitregs.errors import InputError, unknown
-from vitregs.measure import attention, diagnose, lost, norms, object_attention, pca, remedies
+from vitregs.measure import attention, diagnose, lost, neurons, norms, object_attention, pca, remedies
 from vitregs.models import capture
 from vitregs.models.backbone import Backbone
 from vitregs.probes import classification, local, transfer
@@ -93,6 +93,11 @@ ENTRIES: Mapping[str, Entry] = {
     "cls_attention_on_photographs": Entry(capture.attention, "photographs", CLS, half=True),
     "components_on_photographs": Entry(pca.of_patches, "photographs", half=True),
     "lost_on_photographs": Entry(lost.evaluate, "photographs", {"shown": 12}),
+    "neuron_maps_on_photographs": Entry(
+        neurons.maps, "photographs", {"shown": 7, "pixels": False}, half=True, bare=True
+    ),
+    "doses_on_photographs": Entry(remedies.pictures_by_dose, "photographs", {"count": 7}, bare=True),
+    "interventions_on_photographs": Entry(remedies.pictures_by_change, "photographs", {"count": 7}, bare=True),
     # tables and histograms: COCO
     "background": Entry(object_attention.background_shares, "coco", half=True),
     "norms": Entry(capture.norms, "coco", half=True),
@@ -111,6 +116,8 @@ ENTRIES: Mapping[str, Entry] = {
     "transfer": Entry(transfer.measure, "coco", TRANSFER),
     # the artifact, its neurons, and what is done about it
     "fingerprint": Entry(diagnose.fingerprints, "coco"),
+    "neurons": Entry(neurons.of_network, "coco", bare=True),
+    "suppression": Entry(neurons.dose, "coco", {"counts": [0, 1, 4, 16, 64]}, bare=True),
     "interventions": Entry(remedies.interventions, "coco", bare=True),
     "artifact_by_dose": Entry(remedies.artifact_by_dose, "coco", bare=True),
     "lost_by_dose": Entry(remedies.lost_by_dose, "coco", bare=True),

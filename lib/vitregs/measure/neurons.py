@@ -401,6 +401,7 @@ def maps(
     missing: float = 0.02,
     top: int = 4,
     shown: int = 4,
+    pixels: bool = True,
     batch: int = 16,
 ) -> xr.Dataset:
     """Norms and activations of the strongest neurons on images that have marked patches.
@@ -412,28 +413,30 @@ def maps(
         missing: As in `of_network`.
         top: How many neurons.
         shown: How many images, those with most marked patches among the first 16.
+        pixels: Whether the images themselves are kept; photographs that packages ship need not be.
         batch: Images at a time.
 
     Returns:
-        norm [image, token]; activation [image, token, neuron], neurons named "block:number"; pixels [image, y, x, colour] of 0
-        to 255; patches alone.
+        norm [image, token]; activation [image, token, neuron], neurons named "block:number"; pixels [image, y_pixel,
+        x_pixel, colour] of 0 to 255, if they are kept; patches alone.
 
     Raises:
         InputError: As `search` does.
     """
     images = capture.opened(backbone, images)
     found = of_network(backbone, images, layer=layer, missing=missing, batch=batch)
-    pixels = images[:16] if isinstance(images, Tensor) else next(iter(images.pixels(16)))
+    first = images[:16] if isinstance(images, Tensor) else next(iter(images.pixels(16)))
     chosen = ranked(found, top)
     at = found.attrs["layer"]
-    seen = capture.capture(backbone, pixels, norms=[at], neurons=by_block(chosen), kinds="patch", batch=batch)
+    seen = capture.capture(backbone, first, norms=[at], neurons=by_block(chosen), kinds="patch", batch=batch)
     norm = seen["norms"].isel(layer=0)
     number = (norm.transpose("image", "token").values > found.attrs["cutoff"]).sum(1)
     best = np.sort(np.argsort(-number, kind="stable")[:shown])
     activation = seen["neurons"].sel(neuron=[f"{b}:{j}" for b, j in chosen])
     data = xr.Dataset({"norm": norm, "activation": activation}).isel(image=best)
-    shape = ("image", "y_pixel", "x_pixel", "colour")
-    data["pixels"] = (shape, (255 * pixels[best]).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8))
+    if pixels:
+        shape = ("image", "y_pixel", "x_pixel", "colour")
+        data["pixels"] = (shape, (255 * first[best]).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8))
     return data.assign_attrs(found.attrs)
 
 
