@@ -87,6 +87,7 @@ def _tokens(task: str) -> dict[str, Any]:
 TRANSFER = {"layer": -1, "final_norm": True, "steps": 400, "bins": 16, "head": "softmax"}  # as chapter 8 has them
 CLS = {"queries": ["cls"]}
 HEAD = {"classes": list(datasets.IMAGENETTE), "skip": 1000}  # the part that was not trained on, as the head names it
+EVERY = {"calibration": 256}  # of COCO's images: the cut-off is that of the fingerprint
 ENTRIES: Mapping[str, Entry] = {
     # pictures: photographs
     "norms_on_photographs": Entry(capture.norms, "photographs", half=True),
@@ -116,8 +117,8 @@ ENTRIES: Mapping[str, Entry] = {
     "transfer": Entry(transfer.measure, "coco", TRANSFER),
     # the artifact, its neurons, and what is done about it
     "fingerprint": Entry(diagnose.fingerprints, "coco"),
-    "neurons": Entry(neurons.of_network, "coco", bare=True),
-    "suppression": Entry(neurons.dose, "coco", {"counts": [0, 1, 4, 16, 64]}, bare=True),
+    "neurons": Entry(neurons.of_network, "coco", EVERY, bare=True),
+    "suppression": Entry(neurons.dose, "coco", {"counts": [0, 1, 4, 16, 64], **EVERY}, bare=True),
     "interventions": Entry(remedies.interventions, "coco", bare=True),
     "artifact_by_dose": Entry(remedies.artifact_by_dose, "coco", bare=True),
     "lost_by_dose": Entry(remedies.lost_by_dose, "coco", bare=True),
