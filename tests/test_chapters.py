@@ -15,8 +15,9 @@ from vitregs.book import chapter, execute, parameters
 from vitregs.book.chapter import Run
 from vitregs.book.parameters import Parameter
 from vitregs.claims import networks
-from vitregs.data import scenes
+from vitregs.data import images, scenes
 from vitregs.data.images import Images
+from vitregs.data.preparation import Preparation
 from vitregs.errors import InputError
 from vitregs.measure.norms import norms_at
 from vitregs.models import capture, registry
@@ -452,6 +453,15 @@ def test_images_of_a_chapter(stored: Path) -> None:
     assert np.allclose(share, by_hand)
     message = problem(Run("02_norms", models=[PICO], size=100, device="cpu").measure, "norms", watched)
     assert "the nearest that fits is 96x96" in message
+
+
+def test_photographs_are_prepared_for_the_published_network() -> None:
+    """As its own evaluation does, which keeps 0.9 of the side, though nothing of its weights is at hand."""
+    run = Run("16_test_time_registers", published=["deit_tiny_patch16_224+tt1"])
+    prepared = Preparation(crop=0.9, interpolation="bicubic")
+    shown = images.open_images("photographs", size=224, preparation=prepared)
+    expected = next(shown.pixels(2)).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(run.photographs(2), expected)
 
 
 def test_images_without_masks_have_no_background(stored: Path, tmp_path: Path) -> None:

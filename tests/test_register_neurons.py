@@ -11,9 +11,9 @@ from PIL import Image
 
 import vitregs as vr
 from tests import planted
-from vitregs import report
+from vitregs import arrays, report
 from vitregs.cli import main
-from vitregs.measure import neurons
+from vitregs.measure import neurons, outliers
 from vitregs.measure.diagnose import diagnose
 from vitregs.models import capture, test_time
 
@@ -106,10 +106,23 @@ def test_what_a_chapter_measures_is_what_a_search_gives() -> None:
     assert ((seen["norm"] > found.attrs["cutoff"]).sum("token") > 0).all()
     brightness = seen["pixels"].values / 255 - pixels.permute(0, 2, 3, 1).numpy()[seen["image"].values]
     assert abs(brightness).max() < 0.01
+    bare = neurons.maps(vit, pixels, top=2, shown=3, pixels=False)
+    xr.testing.assert_identical(bare, seen.drop_vars("pixels"))
     left = neurons.dose(vit, pixels, counts=[0, 1])["share"].mean("image")
     before, without = left.sel(which="ranked").values
     assert without < 0.1 * before
     assert left.sel(which="random").values[1] > 0.9 * before
+
+
+def test_the_cut_off_is_found_on_as_many_images_as_asked() -> None:
+    vit, pixels = planted.network("artifacts", 3.0), planted.images(48)
+    norms = capture.norms(vit, pixels, layers=[-1]).isel(layer=0)
+    for count in (32, 48):
+        cutoff = outliers.find_cutoff(norms.isel(image=slice(count))).value
+        assert neurons.of_network(vit, pixels, calibration=count).attrs["cutoff"] == pytest.approx(cutoff, rel=1e-4)
+        left = neurons.dose(vit, pixels, counts=[0, 1], calibration=count)["share"].sel(which="ranked").values[0]
+        above = (arrays.patches(norms) > cutoff).mean("token")
+        np.testing.assert_allclose(left, above, atol=1e-3)
 
 
 def test_a_network_without_a_mode_has_stand_ins() -> None:

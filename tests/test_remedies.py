@@ -284,8 +284,9 @@ def test_the_table_holds_the_planted_numbers() -> None:
         },
         coords={"dose": [0, 8]},
     )
-    table = report.remedies.table(signs, boxes, answers())
-    assert list(table.index) == ["0", "8"]
+    table = report.remedies.table(signs, boxes, answers(), contrasts=[(8, 0)])
+    assert list(table.index) == ["0", "8", "8 minus 0"]
+    last, table = table.iloc[-1], table.iloc[:-1]
     assert table["patches above 1.6 x the median, %"].tolist() == ["4.00 [4.00, 4.00]", "0.00 [0.00, 0.00]"]
     assert table["largest / median norm"].str.split().str[0].tolist() == ["2.00", "1.00"]  # a median: 9 does not count
     assert "patches above the cut-off, %" not in table  # there is none
@@ -293,8 +294,31 @@ def test_the_table_holds_the_planted_numbers() -> None:
     assert table["covered, %"].tolist() == ["10", "100"]
     assert table["whole image, %"].tolist() == ["50.0", "50.0"]
     assert table["top-1, %"].str.split().str[0].tolist() == ["60.0", "60.0"]
-    assert table.loc["8", "top-1, points gained"].startswith("+0.0 [-")
-    assert table.loc["0", "top-1, points gained"] == "–"
+    assert last["patches above 1.6 x the median, %"] == "-4.00 [-4.00, -4.00]"
+    assert last["largest / median norm"].startswith("x 0.34 [")  # geometric mean of 1/2, 1/2, 1/2 and 1/9
+    assert last["CorLoc, %"].startswith("+50.0 [")
+    assert last["top-1, %"].startswith("+0.0 [-")
+    assert last["covered, %"] == last["whole image, %"] == "–"
+
+
+def test_the_contrast_of_segmentations_is_that_of_their_claim() -> None:
+    """Differences of mIoU are paired over images, and images without truth do not count."""
+    draw = np.random.default_rng(0)
+    counts = draw.integers(5, 50, (2, 6, 2, 3))
+    counts[:, :, 1] += counts[:, :, 0]  # the union holds the intersection
+    counts[:, 5] = 0
+    data = xr.Dataset(
+        {
+            "miou": ("dose", [0.2, 0.3]),
+            "low": ("dose", [0.1, 0.2]),
+            "high": ("dose", [0.3, 0.4]),
+            "counts": (("dose", "image", "side", "class"), counts),
+        },
+        coords={"dose": [0, 8]},
+    )
+    found = report.remedies.table(data, contrasts=[(8, 0)]).loc["8 minus 0", "segmentation, mIoU %"]
+    one, two = (dense.miou(counts[i, :5].astype(float)) for i in (1, 0))
+    assert found.split()[0] == f"{100 * float(one - two):+.1f}"
 
 
 def test_curves_stand_beside_the_papers() -> None:
@@ -309,6 +333,27 @@ def test_curves_stand_beside_the_papers() -> None:
     assert len(shown) == 4
     assert [a.get_xlabel() for a in shown] == ["trained registers"] * 3 + ["zero tokens"]
     np.testing.assert_allclose(shown[-1].lines[0].get_ydata(), [60, 60], rtol=1e-6)
+
+
+def test_curves_of_boxes_have_what_they_cover_and_a_baseline() -> None:
+    boxes = xr.Dataset(
+        {
+            "hit": (("dose", "image"), np.array([[0, 1, np.nan], [1, 1, np.nan]])),
+            "covered": (("dose", "image"), np.array([[0.1, 0.1, 0.4], [1.0, 1.0, 1.0]])),
+            "whole": ("image", [1.0, 0.0, np.nan]),
+        },
+        coords={"dose": [0, 8]},
+    )
+    table = report.remedies.curves(boxes)
+    ours = table[table["source"] == "ours"].set_index("panel")
+    assert ours.loc["CorLoc, %", "value"].tolist() == [50, 100]
+    assert ours.loc["CorLoc, %", "baseline"].tolist() == [50, 50]
+    assert ours.loc["image that the box covers, %", "value"].tolist() == pytest.approx([10, 100])
+    assert ours.loc["image that the box covers, %", "baseline"].isna().all()
+    figure = report.remedies.plot_doses(table)
+    panels = {a.get_title(): a for a in figure.axes if a.get_visible()}
+    assert panels["CorLoc, %"].lines[1].get_ydata().tolist() == [50, 50]
+    assert len(panels["image that the box covers, %"].lines) == 1
 
 
 def test_maps_before_and_after_share_a_scale() -> None:

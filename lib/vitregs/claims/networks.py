@@ -21,7 +21,17 @@ from vitregs.data import datasets, images
 from vitregs.data.images import Images
 from vitregs.data.preparation import Preparation
 from vitregs.errors import InputError, unknown
-from vitregs.measure import attention, behaviour, diagnose, lost, norms, object_attention, pca, remedies
+from vitregs.measure import (
+    attention,
+    behaviour,
+    diagnose,
+    lost,
+    neurons,
+    norms,
+    object_attention,
+    pca,
+    remedies,
+)
 from vitregs.models import capture, test_time
 from vitregs.models.backbone import Backbone
 from vitregs.probes import classification, local, transfer
@@ -106,6 +116,7 @@ def _tokens(task: str) -> dict[str, Any]:
 TRANSFER = {"layer": -1, "final_norm": True, "steps": 400, "bins": 16, "head": "softmax"}  # as chapter 8 has them
 CLS = {"queries": ["cls"]}
 HEAD = {"classes": list(datasets.IMAGENETTE), "skip": 1000}  # the part that was not trained on, as the head names it
+EVERY = {"calibration": 256}  # of COCO's images: the cut-off is that of the fingerprint
 ENTRIES: Mapping[str, Entry] = {
     # pictures: photographs
     "norms_on_photographs": Entry(capture.norms, "photographs", half=True),
@@ -113,6 +124,11 @@ ENTRIES: Mapping[str, Entry] = {
     "components_on_photographs": Entry(pca.of_patches, "photographs", half=True),
     "maps_on_photographs": Entry(object_attention.attention_maps, "photographs", half=True),
     "lost_on_photographs": Entry(lost.evaluate, "photographs", {"shown": 12}),
+    "neuron_maps_on_photographs": Entry(
+        neurons.maps, "photographs", {"shown": 7, "pixels": False}, half=True, bare=True
+    ),
+    "doses_on_photographs": Entry(remedies.pictures_by_dose, "photographs", {"count": 7}, bare=True),
+    "interventions_on_photographs": Entry(remedies.pictures_by_change, "photographs", {"count": 7}, bare=True),
     # tables and histograms: COCO
     "background": Entry(object_attention.background_shares, "coco", half=True),
     "norms": Entry(capture.norms, "coco", half=True),
@@ -131,6 +147,8 @@ ENTRIES: Mapping[str, Entry] = {
     "transfer": Entry(transfer.measure, "coco", TRANSFER),
     # the artifact, its neurons, and what is done about it
     "fingerprint": Entry(diagnose.fingerprints, "coco"),
+    "neurons": Entry(neurons.of_network, "coco", EVERY, bare=True),
+    "suppression": Entry(neurons.dose, "coco", {"counts": [0, 1, 4, 16, 64], **EVERY}, bare=True),
     "interventions": Entry(remedies.interventions, "coco", bare=True),
     "artifact_by_dose": Entry(remedies.artifact_by_dose, "coco", bare=True),
     "lost_by_dose": Entry(remedies.lost_by_dose, "coco", bare=True),

@@ -358,9 +358,11 @@ def suppression(
 
 
 # --- what a chapter measures
-def _cutoff(backbone: Backbone, images: Any, layer: int, missing: float, batch: int) -> tuple[float, str]:
+def _cutoff(
+    backbone: Backbone, images: Any, layer: int, missing: float, batch: int, count: int = CALIBRATION
+) -> tuple[float, str]:
     """The cut-off at a layer and the rule it comes from; without a mode the norm that a share of the patches exceeds."""
-    first = images[:CALIBRATION] if isinstance(images, Tensor) else next(iter(images.pixels(CALIBRATION)))
+    first = images[:count] if isinstance(images, Tensor) else next(iter(images.pixels(count)))
     norms = capture.norms(backbone, first, layers=[layer], batch=batch).isel(layer=0)
     found = outliers.find_cutoff(norms)
     if found.value is not None:
@@ -370,7 +372,13 @@ def _cutoff(backbone: Backbone, images: Any, layer: int, missing: float, batch: 
 
 
 def of_network(
-    backbone: Backbone, images: Any, *, layer: int = -1, missing: float = 0.02, batch: int = 16
+    backbone: Backbone,
+    images: Any,
+    *,
+    layer: int = -1,
+    missing: float = 0.02,
+    calibration: int = CALIBRATION,
+    batch: int = 16,
 ) -> xr.Dataset:
     """Search the neurons of any network, also of one without a mode.
 
@@ -379,6 +387,7 @@ def of_network(
         images: As `capture` takes them.
         layer: As in `search`.
         missing: Share of patches with the largest norms that stand in for marked ones where there is no mode.
+        calibration: How many images, the first, the cut-off is found on.
         batch: Images at a time.
 
     Returns:
@@ -388,7 +397,7 @@ def of_network(
         InputError: As `search` does.
     """
     images = capture.opened(backbone, images)
-    cutoff, rule = _cutoff(backbone, images, layer, missing, batch)
+    cutoff, rule = _cutoff(backbone, images, layer, missing, batch, calibration)
     found = search(backbone, images, cutoff=cutoff, layer=layer, batch=batch)
     return found.assign_attrs(rule=rule)
 
@@ -401,6 +410,7 @@ def maps(
     missing: float = 0.02,
     top: int = 4,
     shown: int = 4,
+    pixels: bool = True,
     batch: int = 16,
 ) -> xr.Dataset:
     """Norms and activations of the strongest neurons on images that have marked patches.
@@ -412,28 +422,30 @@ def maps(
         missing: As in `of_network`.
         top: How many neurons.
         shown: How many images, those with most marked patches among the first 16.
+        pixels: Whether the images themselves are kept; photographs that packages ship need not be.
         batch: Images at a time.
 
     Returns:
-        norm [image, token]; activation [image, token, neuron], neurons named "block:number"; pixels [image, y, x, colour] of 0
-        to 255; patches alone.
+        norm [image, token] by the number of the image; activation [image, token, neuron], neurons named "block:number";
+        pixels [image, y_pixel, x_pixel, colour] of 0 to 255, if they are kept; patches alone.
 
     Raises:
         InputError: As `search` does.
     """
     images = capture.opened(backbone, images)
     found = of_network(backbone, images, layer=layer, missing=missing, batch=batch)
-    pixels = images[:16] if isinstance(images, Tensor) else next(iter(images.pixels(16)))
+    first = images[:16] if isinstance(images, Tensor) else next(iter(images.pixels(16)))
     chosen = ranked(found, top)
     at = found.attrs["layer"]
-    seen = capture.capture(backbone, pixels, norms=[at], neurons=by_block(chosen), kinds="patch", batch=batch)
+    seen = capture.capture(backbone, first, norms=[at], neurons=by_block(chosen), kinds="patch", batch=batch)
     norm = seen["norms"].isel(layer=0)
     number = (norm.transpose("image", "token").values > found.attrs["cutoff"]).sum(1)
     best = np.sort(np.argsort(-number, kind="stable")[:shown])
     activation = seen["neurons"].sel(neuron=[f"{b}:{j}" for b, j in chosen])
-    data = xr.Dataset({"norm": norm, "activation": activation}).isel(image=best)
-    shape = ("image", "y_pixel", "x_pixel", "colour")
-    data["pixels"] = (shape, (255 * pixels[best]).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8))
+    data = xr.Dataset({"norm": norm, "activation": activation}).isel(image=best).assign_coords(image=best)
+    if pixels:
+        shape = ("image", "y_pixel", "x_pixel", "colour")
+        data["pixels"] = (shape, (255 * first[best]).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8))
     return data.assign_attrs(found.attrs)
 
 
@@ -444,6 +456,7 @@ def dose(
     counts: Sequence[int],
     layer: int = -1,
     missing: float = 0.02,
+    calibration: int = CALIBRATION,
     batch: int = 16,
 ) -> xr.Dataset:
     """Suppress more and more of a network's strongest neurons, and as many random ones.
@@ -454,6 +467,7 @@ def dose(
         counts: As in `suppression`.
         layer: As in `of_network`.
         missing: As in `of_network`.
+        calibration: As in `of_network`.
         batch: Images at a time.
 
     Returns:
@@ -463,6 +477,7 @@ def dose(
         InputError: As `search` and `suppression` do.
     """
     images = capture.opened(backbone, images)
-    found = of_network(backbone, images, layer=layer, missing=missing, batch=batch)
+    how: dict[str, Any] = {"layer": layer, "missing": missing, "calibration": calibration, "batch": batch}
+    found = of_network(backbone, images, **how)
     order, cutoff = ranked(found, max(counts)), found.attrs["cutoff"]
     return suppression(backbone, images, neurons=order, counts=counts, cutoff=cutoff, layer=layer, batch=batch)

@@ -313,18 +313,17 @@ def lost_by_dose(
     """
     which = lost.preferred(backbone) if projection == "auto" else projection
     truth: list[np.ndarray] = []
-    height, width = images.size
 
     def look(label: Any, network: Backbone, part: Batch) -> dict[str, np.ndarray]:
         if label == doses[0]:
             truth.extend(part.boxes)
         features = capture.projections(network, part.pixels, which=which)
         how: dict[str, Any] = {"bias": bias, "normalise": normalise, "device": str(network.device)}
-        box = lost.lost(features, patch_size=network.patch_size, **how)["box"].transpose("image", "side").values
-        sides = box[:, 2:] - box[:, :2]
-        best = lost.overlap(box, part.boxes)
+        box = lost.lost(features, patch_size=network.patch_size, **how)["box"].transpose("image", "side")
+        best = lost.overlap(box.values, part.boxes)
         hit = np.where(np.isnan(best), np.nan, best >= lost.OVERLAP)
-        return {"hit": hit.astype(np.float32), "covered": (sides.prod(1) / (height * width)).astype(np.float32)}
+        covered = lost.covered(box, images.size).values
+        return {"hit": hit.astype(np.float32), "covered": covered.astype(np.float32)}
 
     data = _each(dosed(backbone, doses), images, "dose", look, batch)
     whole = lost.baselines(truth, images.size).sel(rule="whole image", drop=True)

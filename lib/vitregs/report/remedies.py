@@ -1,6 +1,6 @@
 """Remedies at test time, zero tokens by number and moved neurons (beside Fig 8): tables and figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from vitregs import arrays
 from vitregs.data import published
 from vitregs.measure import remedies
+from vitregs.probes import transfer
 from vitregs.report.format import cell
 from vitregs.report.lost import frame
 from vitregs.report.style import PALETTE, axes_grid, blank, plot_images
@@ -48,39 +49,72 @@ def _interval(data: xr.Dataset, name: str, at: dict[str, Any]) -> tuple[float, f
     return arrays.bootstrap_interval(factor * there, of=np.median if name == "largest" else np.mean)
 
 
-def _against(data: xr.Dataset, name: str, dim: str, label: Any) -> tuple[float, float, float]:
-    """A quantity minus that of the first variant, on the same images: value, low, high."""
-    gap = (data[name].sel({dim: label}) - data[name].isel({dim: 0}, drop=True)).values.astype(float)
+def _against(data: xr.Dataset, name: str, one: dict[str, Any], two: dict[str, Any]) -> tuple[float, float, float]:
+    """A quantity of one variant minus that of another, on the same images: value, low, high; largest norms are divided."""
+    if name == "miou":
+        paired = np.stack([data["counts"].sel(at).values.astype(float) for at in (two, one)], 1)
+        there = (paired.sum((2, 3)) > 0).all(1)
+        if not there.any():
+            return np.nan, np.nan, np.nan
+        value, low, high = arrays.bootstrap_interval(paired[there], draws=1000, of=transfer._gain)
+        return 100 * value, 100 * low, 100 * high
+    first, second = (data[name].sel(at, drop=True).values.astype(float) for at in (one, two))
+    ratio = name == "largest"
+    gap = np.log(first / second) if ratio else first - second
     there = gap[np.isfinite(gap)]
     if not len(there):
         return np.nan, np.nan, np.nan
-    return arrays.bootstrap_interval(QUANTITIES[name][1] * there)
+    found = arrays.bootstrap_interval(there if ratio else QUANTITIES[name][1] * there)
+    value, low, high = np.exp(found).tolist() if ratio else found
+    return value, low, high
 
 
-def table(*found: xr.Dataset) -> pd.DataFrame:
-    """Every quantity of every variant with 95 % intervals over images: data sets of `measure.remedies` and `probes.remedies` of
-    one network, on whatever images → a row a dose or a change.
+def _contrasted(data: xr.Dataset, dim: str, one: Any, two: Any) -> dict[str, str]:
+    """A row of the table: every quantity of one variant minus that of another."""
+    row = {}
+    for name in [q for q in QUANTITIES if q in data and q not in ("agrees", "register")]:
+        found = _against(data, name, {dim: one}, {dim: two})
+        sign, mark = ("", "x ") if name == "largest" else ("+", "")
+        row[_title(data, name)] = "–" if np.isnan(found[0]) else mark + cell(found, QUANTITIES[name][2], sign)
+    return row
 
-    Beside top-1 stands its difference to the first row, on the same images; beside CorLoc the median share of the image that
-    boxes cover, and CorLoc of a box around the whole image, which must be read together.
+
+def table(*found: xr.Dataset, contrasts: Sequence[tuple[Any, Any]] = ()) -> pd.DataFrame:
+    """Every quantity of every variant with 95 % intervals over images.
+
+    Beside CorLoc stands the median share of the image that boxes cover, and CorLoc of a box around the whole image, which must
+    be read together.
+
+    Args:
+        found: data sets of `measure.remedies` and `probes.remedies` of one network, on whatever images.
+        contrasts: pairs of doses or changes.
+
+    Returns:
+        A row a dose or a change; then a row a contrast, the first minus the second on the same images, where the largest norms
+        are divided (geometric mean).
     """
     dim = "dose" if "dose" in found[0].dims else "change"
-    rows: dict[Any, dict[str, str]] = {label: {} for label in found[0][dim].values}
+    rows: dict[Any, dict[str, str]] = {_label(label): {} for label in found[0][dim].values}
     for data in found:
         for label in data[dim].values:
-            row = rows.setdefault(label, {})
+            row = rows.setdefault(_label(label), {})
             for name in [q for q in QUANTITIES if q in data]:
                 row[_title(data, name)] = cell(_interval(data, name, {dim: label}), QUANTITIES[name][2])
-                if name == "right" and label != data[dim].values[0]:
-                    row["top-1, points gained"] = cell(_against(data, name, dim, label), 1, "+")
             if "covered" in data:
                 row["covered, %"] = f"{100 * float(data['covered'].sel({dim: label}).median()):.0f}"
                 there = data["whole"].values[data["whole"].notnull().values]
                 row["whole image, %"] = f"{100 * there.mean():.1f}" if len(there) else "–"
+    for one, two in contrasts:
+        row = rows.setdefault(f"{_label(one)} minus {_label(two)}", {})
+        for data in found:
+            row |= _contrasted(data, dim, one, two)
     frame = pd.DataFrame.from_dict(rows, orient="index").fillna("–")
     frame = frame.loc[:, (frame != "–").any()]
-    frame.index = pd.Index([f"{k:g}" if dim == "dose" else k for k in rows], name="tokens" if dim == "dose" else "")
-    return frame
+    return frame.rename_axis("tokens" if dim == "dose" else "")
+
+
+def _label(label: Any) -> str:
+    return label if isinstance(label, str) else f"{label:g}"
 
 
 def flips(answers: xr.Dataset) -> pd.DataFrame:
@@ -107,25 +141,39 @@ def _plain(value: xr.DataArray, sign: str = "") -> str:
 
 def curves(*found: xr.Dataset) -> pd.DataFrame:
     """Quantities over the number of zero tokens, and the paper's Fig 8 over the number of trained registers: data sets of one
-    network → rows source, panel, tokens, value, low, high (nan for values read off a plot)."""
+    network → rows source, panel, tokens, value, low, high (nan for values read off a plot), baseline (of a box around the whole
+    image, of the most frequent class; nan where there is none)."""
     rows: list[dict[str, Any]] = []
     paper = published.table("tables")
     for panel, quantity in FIG_8.items():
         for _, r in paper[(paper["table"] == "fig_8") & (paper["quantity"] == quantity)].iterrows():
             row = {"source": "paper", "panel": panel, "tokens": float(r["registers"]), "value": float(r["value"])}
-            rows.append(row | {"low": np.nan, "high": np.nan})
+            rows.append(row | dict.fromkeys(("low", "high", "baseline"), np.nan))
     for data in found:
         for name in [q for q in QUANTITIES if q in data and q not in ("above", "agrees")]:
             for dose in data["dose"].values:
-                value, low, high = _interval(data, name, {"dose": dose})
-                row = {"source": "ours", "panel": _title(data, name), "tokens": float(dose), "value": value}
-                rows.append(row | {"low": low, "high": high})
+                row = {"source": "ours", "panel": _title(data, name), "tokens": float(dose)}
+                row["baseline"] = _baseline(data, name, dose)
+                rows.append(
+                    row | dict(zip(("value", "low", "high"), _interval(data, name, {"dose": dose}), strict=True))
+                )
+        for dose in data["dose"].values if "covered" in data else ():
+            ends = arrays.bootstrap_interval(100 * data["covered"].sel(dose=dose).values, of=np.median)
+            row = {"source": "ours", "panel": "image that the box covers, %", "tokens": float(dose), "baseline": np.nan}
+            rows.append(row | dict(zip(("value", "low", "high"), ends, strict=True)))
     return pd.DataFrame(rows).dropna(subset="value")
+
+
+def _baseline(data: xr.Dataset, name: str, dose: float) -> float:
+    """What an answer scores that looks at nothing: a box around the whole image, the most frequent class; nan if none."""
+    if name == "hit":
+        return 100 * float(data["whole"].mean())
+    return 100 * float(data["chance"].sel(dose=dose)) if name == "miou" and "chance" in data else np.nan
 
 
 def plot_doses(curve_table: pd.DataFrame) -> Figure:
     """Quantities over the number of tokens: rows of `curves` → Figure, the paper's panels (Fig 8, trained registers) first, then
-    ours (zero tokens); bands are 95 % intervals over images."""
+    ours (zero tokens); bands are 95 % intervals over images, dotted lines baselines."""
     panels = list(dict.fromkeys(zip(curve_table["source"], curve_table["panel"], strict=True)))
     columns = 3
     lines = -(-len(panels) // columns)
@@ -137,6 +185,8 @@ def plot_doses(curve_table: pd.DataFrame) -> Figure:
         at, colour = np.arange(len(part)), PALETTE[1 if source == "paper" else 0]
         axis.plot(at, part["value"], "o-", ms=4, color=colour)
         axis.fill_between(at, part["low"], part["high"], color=colour, alpha=0.2, lw=0)
+        if part["baseline"].notna().all():
+            axis.plot(at, part["baseline"], ":", color="grey")
         axis.set(xticks=at, xticklabels=[f"{n:g}" for n in part["tokens"]])
         axis.set_title(f"{panel} (paper)" if source == "paper" else panel, fontsize=8)
         axis.set_xlabel("trained registers" if source == "paper" else "zero tokens", fontsize=8)
