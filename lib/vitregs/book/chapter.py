@@ -205,13 +205,7 @@ class Run:
             found[network] = networks.measure(name, backbone, source, folder=self.folder.parent / "published")
         return found
 
-    def photographs(self, count: int) -> np.ndarray:
-        """The first photographs as the chapter's first published network is shown them, to draw beside arrays measured on
-        photographs; its weights are not needed: → (count, H, W, 3) in [0, 1]."""
-        shown = networks.open_set(networks.HERE, registry.random(self.values["published"][0]), "")
-        return next(shown.pixels(count)).permute(0, 2, 3, 1).numpy()
-
-    def preview(self, backbone: Backbone, count: int) -> np.ndarray:
+def preview(self, backbone: Backbone, count: int) -> np.ndarray:
         """The first images of the chapter, to draw: → (count, H, W, 3) in [0, 1]."""
         first = next(self.images(backbone).pixels(count))
         return first.permute(0, 2, 3, 1).numpy()
