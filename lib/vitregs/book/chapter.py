@@ -205,7 +205,7 @@ class Run:
             found[network] = networks.measure(name, backbone, source, folder=self.folder.parent / "published")
         return found
 
-def preview(self, backbone: Backbone, count: int) -> np.ndarray:
+    def preview(self, backbone: Backbone, count: int) -> np.ndarray:
         """The first images of the chapter, to draw: → (count, H, W, 3) in [0, 1]."""
         first = next(self.images(backbone).pixels(count))
         return first.permute(0, 2, 3, 1).numpy()
