@@ -8,7 +8,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from vitregs import arrays
+from vitregs.measure import outliers
 from vitregs.measure.attention import attention_on, peak_share
+from vitregs.report.format import cell
 from vitregs.report.style import axes_grid, blank
 
 
@@ -54,3 +56,29 @@ def plot_heads(image: np.ndarray, maps: np.ndarray, masked: np.ndarray) -> Figur
             axis.imshow(values, cmap="inferno", interpolation="nearest")
             axis.set_title(title)
     return figure
+
+
+def on_marked(maps: Mapping[str, xr.DataArray], norms: Mapping[str, xr.DataArray]) -> pd.DataFrame:
+    """What outliers receive of CLS in the last block, head by head (Fig 18), and the peak of the map (Fig 1, 2): {network: CLS
+    attention [image, layer, head, query, token]}, {network: norms [image, layer, token]} → rows by network with the mean fair
+    share of patches marked in the first network in its least and in its most attentive head, that of the others, and the part of
+    the attention to patches that falls on one, in per cent with its 95 % interval over images."""
+    first = next(iter(norms.values())).isel(layer=-1)
+    found = arrays.patches(outliers.mark_outliers(first, outliers.find_cutoff(first)))
+    marked = found.transpose("image", "token").values
+    rows = []
+    for name, a in maps.items():
+        last = arrays.patches(a).isel(layer=-1, query=0).transpose("image", "head", "token").values
+        share = last / last.sum(-1, keepdims=True) * last.shape[-1]
+        heads = [share[:, h][marked].mean() for h in range(share.shape[1])]
+        peak = peak_share(a).isel(layer=-1, query=0).values
+        rows.append(
+            {
+                "network": name,
+                "marked, least head": min(heads),
+                "marked, most head": max(heads),
+                "others, all heads": share.transpose(0, 2, 1)[~marked].mean(),
+                "peak, %": cell(arrays.bootstrap_interval(100 * peak)),
+            }
+        )
+    return pd.DataFrame(rows).set_index("network")

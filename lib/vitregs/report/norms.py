@@ -325,3 +325,46 @@ def plot_sizes(norms: Mapping[str, xr.DataArray]) -> Figure:
     norm_histogram(figure, axes[0, 0], np.arange(len(values)), edges, share)
     axes[0, 0].set(ylabel="L2 norm of patch tokens, last layer", xticks=range(len(values)), xticklabels=list(norms))
     return figure
+
+
+def fingerprints(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """The five parts of stored fingerprints: {network: what `diagnose.fingerprints` gives} → rows by network and part with the
+    answer, the number that decides with its 95 % interval, and its control."""
+    rows = []
+    for name, data in found.items():
+        for part in data["part"].values:
+            at = data.sel(part=part)
+            value, low, high, control = (float(at[k]) for k in ("value", "low", "high", "control"))
+            rows.append(
+                {
+                    "network": f"{name}: {data.attrs['word']}",
+                    "part": str(part),
+                    "answer": str(at["answer"].values),
+                    "value": cell((value, low, high)) if np.isfinite(value) else "–",
+                    "control": f"{control:.3g}" if np.isfinite(control) else "–",
+                }
+            )
+    return pd.DataFrame(rows).set_index(["network", "part"])
+
+
+def plot_marked(norms: Mapping[str, xr.DataArray]) -> Figure:
+    """Norms of the patches that are outliers in the last layer, and of the others, at every layer (Fig 4a): {network: [image,
+    layer, token]} → Figure with a panel a network; lines are medians, bands the middle nine tenths."""
+    figure, axes = axes_grid(1, len(norms), 4.6 * len(norms), 3.2)
+    for axis, (name, a) in zip(axes[0], norms.items(), strict=True):
+        last = a.isel(layer=-1)
+        marked = patches(outliers.mark_outliers(last, outliers.find_cutoff(last))).transpose("image", "token").values
+        values = patches(a).transpose("layer", "image", "token").values
+        layers_ = a["layer"].values
+        for which, label, colour in (
+            (~marked, "other patches", PALETTE[0]),
+            (marked, "outliers of the last layer", PALETTE[1]),
+        ):
+            if not which.any():
+                continue
+            low, middle, high = np.quantile(values[:, which], [0.05, 0.5, 0.95], axis=1)
+            axis.plot(layers_, middle, color=colour, label=label)
+            axis.fill_between(layers_, low, high, color=colour, alpha=0.25, linewidth=0)
+        axis.set(title=name, xlabel="layer", ylabel="L2 norm of patch tokens", ylim=(0, None))
+        axis.legend(frameon=False)
+    return figure

@@ -1,6 +1,6 @@
 """What single tokens are and know (Fig 5, 10, 11, Tables 1, 5, 6): tables and figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from vitregs import arrays, report
 from vitregs.data import published
 from vitregs.measure import redundancy
+from vitregs.report.format import cell
 from vitregs.report.style import PALETTE, axes_grid, blank, note
 
 GROUPS = ("background", "object", "border")
@@ -269,3 +270,44 @@ def plot_token_scores(table: pd.DataFrame) -> Figure:
     named = max((axis.get_legend_handles_labels() for axis in axes[0]), key=lambda found: len(found[1]))
     figure.legend(*named, loc="outside lower center", ncols=5)
     return figure
+
+
+def places(
+    marks: Mapping[str, Mark], similar: Mapping[str, xr.DataArray], backgrounds: Mapping[str, xr.DataArray]
+) -> pd.DataFrame:
+    """Where outliers sit (Fig 5a, 10): {network: marks}, {network: similarity to the neighbours [image, token]}, {network: share of
+    background [image, token]} → rows by network and quantity, of marked and of other patches with 95 % intervals over images."""
+    rows = []
+    for name, (marked, _) in marks.items():
+        patch = arrays.patches(marked).transpose("image", "token")
+        which = patch.values
+        y, x = patch["y"].values, patch["x"].values
+        edge = np.broadcast_to((y == 0) | (x == 0) | (y == y.max()) | (x == x.max()), which.shape)
+        known = backgrounds[name].transpose("image", "token").values
+        near = similar[name].transpose("image", "token").values
+        for quantity, values, there in (
+            ("cosine to the neighbours", near, np.ones_like(which)),
+            ("pure background, %", 100.0 * (known == 1), np.isfinite(known)),
+            ("on the border, %", 100.0 * edge, np.ones_like(which)),
+        ):
+            cells = {}
+            for label, group in (("outliers", which & there), ("other patches", ~which & there)):
+                cells[label] = cell(arrays.bootstrap_ratio((values * group).sum(1), group.sum(1)))
+            rows.append({"network": name, "quantity": quantity, **cells})
+    return pd.DataFrame(rows).set_index(["network", "quantity"])
+
+
+def real_tokens(found: Sequence[Mapping[str, xr.Dataset]]) -> pd.DataFrame:
+    """What one token tells on real data sets (Tables 1, 4): one {network: what `classification.classify` gives} for each set →
+    rows by data set and network, top-1 in per cent with its 95 % interval over images for each kind of token."""
+    rows = []
+    for part in found:
+        for name, data in part.items():
+            for task in data["task"].values:
+                at = data.sel(task=task)
+                ends = {
+                    str(t): [100 * float(at[k].sel(token=t)) for k in ("score", "low", "high")]
+                    for t in at["token"].values
+                }
+                rows.append({"data set": str(task), "network": name} | {t: cell(v) for t, v in ends.items()})
+    return pd.DataFrame(rows).fillna("–").set_index(["data set", "network"])
