@@ -268,7 +268,7 @@ def test_the_other_tables_and_the_figure() -> None:
     places = report.behaviour.places(planted(), cosines)
     assert places["found"].tolist()[-1] == "0.50 [0.50, 0.50]"
     assert places["to compare with"].tolist()[-1] == "– of median patches"
-    figure = report.behaviour.plot({"a": planted(), "b": planted()}, {"a": resolved})
+    figure = report.behaviour.plot_shares({"a": planted(), "b": planted()}, {"a": resolved})
     assert isinstance(figure, Figure)
     figure.canvas.draw()
     left, right = figure.axes
