@@ -49,7 +49,7 @@ def test_a_hidden_patch_is_as_good_as_absent_and_nothing_stays() -> None:
     vit, x = tiny(), pixels()
     before = capture.norms(vit, x).values
     away = hidden(5)
-    masked = capture.norms(behaviour.without_tokens(vit, away), x, layers=[-1]).values[:, 0]
+    masked = capture.norms(test_time.without_tokens(vit, away), x, layers=[-1]).values[:, 0]
     net = vit.net
     with torch.no_grad():
         states = net._pos_embed(net.patch_embed(vit.normalise(x)))  # type: ignore[operator]
@@ -63,11 +63,11 @@ def test_hiding_adds_to_a_mask_that_is_there(kept: str) -> None:
     """Hidden one after the other, or beside a token of a weight, as both at once."""
     vit, x = tiny(), pixels()
     if kept == "bool":
-        twice = behaviour.without_tokens(behaviour.without_tokens(vit, hidden(5)), hidden(9))
-        wanted = behaviour.without_tokens(vit, hidden(5, 9))
+        twice = test_time.without_tokens(test_time.without_tokens(vit, hidden(5)), hidden(9))
+        wanted = test_time.without_tokens(vit, hidden(5, 9))
     else:
-        twice = behaviour.without_tokens(test_time.append(vit, weight=3.0), hidden(6, tokens=18))
-        wanted = behaviour.without_tokens(test_time.append(vit, 3), hidden(8, tokens=20))
+        twice = test_time.without_tokens(test_time.append(vit, weight=3.0), hidden(6, tokens=18))
+        wanted = test_time.without_tokens(test_time.append(vit, 3), hidden(8, tokens=20))
     states = [torch.tensor(capture.tokens(n, x, kinds="patch").values[:, [0, 1, 2, 6]]) for n in (twice, wanted)]
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
 
@@ -77,8 +77,8 @@ def test_changed_networks_are_others_and_leave_no_trace() -> None:
     state = {k: v.clone() for k, v in vit.net.state_dict().items()}
     before = capture.tokens(vit, x, kinds="patch").values
     made = [
-        behaviour.without_tokens(vit, hidden(5)),
-        behaviour.without_tokens(vit, hidden(6)),
+        test_time.without_tokens(vit, hidden(5)),
+        test_time.without_tokens(vit, hidden(6)),
         behaviour.without_positions(vit),
         behaviour.quantised(vit),
     ]
@@ -107,7 +107,7 @@ def test_without_positions_patches_are_a_set_at_any_size() -> None:
 def test_what_a_network_does_not_allow() -> None:
     vit, x = tiny(), pixels()
     assert "every token of an image is hidden" in problem(
-        behaviour.without_tokens, vit, torch.ones(1, 17, dtype=torch.bool)
+        test_time.without_tokens, vit, torch.ones(1, 17, dtype=torch.bool)
     )
     bare = tiny(class_token=False, global_pool="avg")
     assert "has no CLS token to remove" in problem(behaviour.interventions, bare, x, names=["no CLS"])
@@ -117,7 +117,7 @@ def test_what_a_network_does_not_allow() -> None:
     assert "first must be 1 or more" in problem(behaviour.interventions, vit, x, first=0)
     assert "not a multiple of the patch size" in problem(behaviour.resolutions, vit, x, sides=[31])
     assert "takes no attention mask" in problem(
-        behaviour.without_tokens,
+        test_time.without_tokens,
         registry.random("beit_base_patch16_224", img_size=(32, 32), embed_dim=48, depth=1, num_heads=3),
         hidden(2, tokens=5),
     )
@@ -268,7 +268,7 @@ def test_the_other_tables_and_the_figure() -> None:
     places = report.behaviour.places(planted(), cosines)
     assert places["found"].tolist()[-1] == "0.50 [0.50, 0.50]"
     assert places["to compare with"].tolist()[-1] == "– of median patches"
-    figure = report.behaviour.plot({"a": planted(), "b": planted()}, {"a": resolved})
+    figure = report.behaviour.plot_shares({"a": planted(), "b": planted()}, {"a": resolved})
     assert isinstance(figure, Figure)
     figure.canvas.draw()
     left, right = figure.axes

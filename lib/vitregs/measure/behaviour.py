@@ -5,12 +5,10 @@ below the statistical cut-off, so that networks with a weak artifact are measure
 copy that shares its weights.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from vitregs import arrays
 from vitregs.errors import InputError, unknown
 from vitregs.models.backbone import Backbone
 from vitregs.models.capture import capture, opened
-from vitregs.models.test_time import changed, twin
+from vitregs.models.test_time import changed, twin, without_tokens
 
 SIDES = (64, 96, 112, 160, 224, 320, 448)  # pixels
 SHIFT = 8  # pixels
@@ -91,42 +89,6 @@ def shifted(pixels: Tensor, by: int) -> Tensor:
 
 
 # --- changes of the network: a copy, known by a name and a key of its own
-def without_tokens(backbone: Backbone, removed: Tensor) -> Backbone:
-    """Hide tokens from all others, which then run as if these were not in the sequence.
-
-    Args:
-        backbone: A network whose attention takes a mask.
-        removed: bool (images or 1, tokens); the batch that runs must have as many images.
-
-    Returns:
-        A network that shares its weights with the one given, which is left as it is. States of the hidden tokens themselves
-        mean nothing.
-
-    Raises:
-        InputError: A block's attention takes no mask, or an image keeps no token.
-    """
-    if bool(removed.all(1).any()):
-        raise InputError("every token of an image is hidden: leave one at least")
-    net = twin(backbone.net)
-    seen = ~removed[:, None, None].to(backbone.device)
-
-    def hide(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = kwargs.get("attn_mask")
-        if given is None or given.dtype == torch.bool:
-            return args, kwargs | {"attn_mask": seen if given is None else given & seen}
-        return args, kwargs | {"attn_mask": given.masked_fill(~seen, -torch.inf)}
-
-    for number, block in enumerate(net.blocks, 1):
-        attention = getattr(block, "attn", None)
-        if attention is None or "attn_mask" not in inspect.signature(attention.forward).parameters:
-            raise InputError(
-                f"block {number} of {backbone.name} takes no attention mask: no token can be hidden from it"
-            )
-        attention.register_forward_pre_hook(hide, with_kwargs=True)
-    digest = sha256(removed.cpu().numpy().tobytes()).hexdigest()[:8]
-    return changed(backbone, net, "+hidden", [list(removed.shape), digest])
-
-
 def without_positions(backbone: Backbone) -> Backbone:
     """Set absolute position embeddings to zero: network → a copy that shares its other weights.
 

@@ -6,6 +6,7 @@ neurons suppressed without a token (Jiang et al., "Vision Transformers Don't Nee
 """
 
 import copy
+import inspect
 import json
 import math
 import re
@@ -353,6 +354,42 @@ def suppress(backbone: Backbone, neurons: Blocks, *, name: str = "+suppressed") 
 
         net.blocks[block - 1].mlp.fc2.register_forward_pre_hook(silence)
     return changed(backbone, net, name, off)
+
+
+def without_tokens(backbone: Backbone, removed: Tensor) -> Backbone:
+    """Hide tokens from all others, which then run as if these were not in the sequence.
+
+    Args:
+        backbone: A network whose attention takes a mask.
+        removed: bool (images or 1, tokens); the batch that runs must have as many images.
+
+    Returns:
+        A network that shares its weights with the one given, which is left as it is. States of the hidden tokens themselves
+        mean nothing.
+
+    Raises:
+        InputError: A block's attention takes no mask, or an image keeps no token.
+    """
+    if bool(removed.all(1).any()):
+        raise InputError("every token of an image is hidden: leave one at least")
+    net = twin(backbone.net)
+    seen = ~removed[:, None, None].to(backbone.device)
+
+    def hide(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get("attn_mask")
+        if given is None or given.dtype == torch.bool:
+            return args, kwargs | {"attn_mask": seen if given is None else given & seen}
+        return args, kwargs | {"attn_mask": given.masked_fill(~seen, -torch.inf)}
+
+    for number, block in enumerate(net.blocks, 1):
+        attention = getattr(block, "attn", None)
+        if attention is None or "attn_mask" not in inspect.signature(attention.forward).parameters:
+            raise InputError(
+                f"block {number} of {backbone.name} takes no attention mask: no token can be hidden from it"
+            )
+        attention.register_forward_pre_hook(hide, with_kwargs=True)
+    digest = sha256(removed.cpu().numpy().tobytes()).hexdigest()[:8]
+    return changed(backbone, net, "+hidden", [list(removed.shape), digest])
 
 
 def random_neurons(backbone: Backbone, neurons: Blocks, *, seed: int = 0) -> dict[int, list[int]]:

@@ -84,7 +84,7 @@ def places(found: xr.Dataset, cosines: xr.Dataset) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=["found", "to compare with"])
 
 
-def plot(found: Mapping[str, xr.Dataset], resolved: Mapping[str, xr.Dataset]) -> Figure:
+def plot_shares(found: Mapping[str, xr.Dataset], resolved: Mapping[str, xr.Dataset]) -> Figure:
     """Shares of outliers under every change, and by the size of the input.
 
     Args:
