@@ -275,8 +275,8 @@ def plot_token_scores(table: pd.DataFrame) -> Figure:
 def places(
     marks: Mapping[str, Mark], similar: Mapping[str, xr.DataArray], backgrounds: Mapping[str, xr.DataArray]
 ) -> pd.DataFrame:
-    """Where outliers sit (Fig 5a, 10): {network: marks}, {network: similarity to the neighbours [image, token]}, {network: share of
-    background [image, token]} → rows by network and quantity, of marked and of other patches with 95 % intervals over images."""
+    """Where outliers sit (Fig 5a, 10): {network: marks}, {network: similarity to neighbours [image, token]}, {network: share of
+    background [image, token]} → rows by network and quantity, marked and other patches with 95 % intervals over images."""
     rows = []
     for name, (marked, _) in marks.items():
         patch = arrays.patches(marked).transpose("image", "token")
