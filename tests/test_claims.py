@@ -370,7 +370,7 @@ def test_a_box_is_about_the_books_results_and_says_so(monkeypatch: pytest.Monkey
     other = chapter.Run("05_local_information", count=9, device="cpu").results()
     assert "They are not about this run, which differs in count." in other._repr_html_()
     assert other.board.equals(rows)
-    assert "No claim" in repr(chapter.Run("02_norms").results())
+    assert "No claim" in repr(chapter.Run("17_what_moves_outliers").results())
 
 
 def test_a_box_without_results_says_what_is_missing(tmp_path: Path) -> None:

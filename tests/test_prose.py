@@ -174,11 +174,12 @@ def test_every_claim_links_to_what_shows_it(chapter: str, board: pd.DataFrame) -
     tables = {
         label[1]
         for i, c in enumerate(cells)
-        if c["cell_type"] == "markdown" and (label := re.match(r"\((tab-[a-z-]+)\)=\n", source(c)))
+        if c["cell_type"] == "markdown" and (label := re.search(r"^\((tab-[a-z-]+)\)=$", source(c), re.MULTILINE))
         for shown in [next(d for d in cells[i:] if d["cell_type"] == "code")]
         if "mystnb" not in shown["metadata"] and shown["outputs"]
     }
     wanted = set(board.loc[board["chapter"] == chapter, "figure"])
     assert wanted <= figures | tables
-    linked = {t for t in tables if any(f"<{t}>`" in p.read_text("utf-8") for p in paths.ROOT.glob("book/*.md"))}
+    pages = [p.read_text("utf-8") for p in paths.ROOT.glob("book/*.md")] + [source(c) for c in cells]
+    linked = {t for t in tables if any(f"<{t}>`" in page for page in pages)}
     assert tables <= wanted | linked  # a label that nobody links to is left over

@@ -309,7 +309,8 @@ def fingerprints(backbone: Backbone, images: Any, *, quick: bool = False, batch:
     Raises:
         InputError: As `diagnose` does.
     """
-    return diagnose(backbone, images, quick=quick, batch=batch, progress=False).fingerprint.dataset()
+    found = diagnose(backbone, images, quick=quick, batch=batch, progress=False).fingerprint.dataset()
+    return found.assign_coords(model=backbone.name)
 
 
 def diagnose(
