@@ -2,6 +2,7 @@
 
 import io
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -323,22 +324,9 @@ def test_stored_arrays_are_those_of_the_table() -> None:
         networks.read(network, name)
         data = cache.load_dataset(networks.path(network, name))
         weights.setdefault(network.partition("+")[0], set()).add(json.loads(data.attrs["key"])["weights"])
-        for word in ("/work", "/tmp", "/home", str(paths.ROOT)):
+        for word in (tempfile.gettempdir(), str(Path.home()), str(paths.ROOT.parent)):
             assert not any(word in str(v) for v in (*data.attrs.values(), *(c.values for c in data.coords.values())))
     assert sum(networks.path(*at).stat().st_size for at in STORED) < 30e6
-
-
-@needs_arrays
-def test_stored_arrays_of_todays_code() -> None:
-    """Reported, not required: an edit need not change a number, and a reader is not to be stopped by it."""
-    old = [
-        f"{network}/{name}"
-        for network, name in STORED
-        if cache.load_dataset(networks.path(network, name)).attrs["code"]
-        != cache.code_hash(networks.entry(name).function.__module__)
-    ]
-    if old:
-        pytest.skip(f"measured by other code than today's, `vitregs measure` refreshes them: {', '.join(old)}")
 
 
 @needs_arrays

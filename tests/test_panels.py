@@ -28,9 +28,16 @@ def test_attention_on_marked_patches_is_told_head_by_head() -> None:
     rows = np.ones((IMAGES, 1, HEADS, 1, 37))
     rows[:, 0, 1, 0, 1:][HOT] = 18.0  # of 34 + 2 x 18 = 70: 18 / 70 x 36 fair shares
     maps = xr.DataArray(rows, dims=("image", "layer", "head", "query", "token"), coords=coords())
-    table = report.attention.on_marked({"net": maps, "other": maps}, {"net": norms()})
+    drawn = np.where(HOT, 7.0, 0.5)[:, None]
+    drawn = np.concatenate([np.full((IMAGES, 1, 1), 90.0), drawn], -1)  # CLS is no patch
+    received = xr.DataArray(drawn, dims=("image", "layer", "token"), coords=coords())
+    table = report.attention.on_marked(
+        {"net": maps, "other": maps}, {"net": norms()}, {"net": received, "other": 2 * received}
+    )
     row = table.loc["net"]
-    np.testing.assert_allclose([row["marked, least head"], row["marked, most head"]], [1, 18 / 70 * 36])
+    np.testing.assert_allclose([row["CLS, marked, least head"], row["CLS, marked, most head"]], [1, 18 / 70 * 36])
+    np.testing.assert_allclose(table["all queries, marked"], [7, 14])
+    np.testing.assert_allclose(table["all queries, others"], [0.5, 1])
     assert row["peak, %"].startswith(f"{100 * 9.5 / (34 + 2 * 9.5):.2f} [")
     assert list(table.index) == ["net", "other"]
 
@@ -46,8 +53,8 @@ def test_fingerprints_as_a_table() -> None:
     parts = {"part": ["mode", "cause"], "answer": ("part", ["for", "not measured"])}
     data = {k: ("part", [v, np.nan]) for k, v in (("value", 2.0), ("low", 1.9), ("high", 2.1), ("control", 1.0))}
     table = report.norms.fingerprints({"net": xr.Dataset(data, parts, {"word": "artifacts, mild"})})
-    assert table.loc[("net: artifacts, mild", "mode")].tolist() == ["for", "2.00 [1.90, 2.10]", "1"]
-    assert table.loc[("net: artifacts, mild", "cause")].tolist() == ["not measured", "–", "–"]
+    assert table.loc[("net: artifacts, mild", "mode")].tolist()[:3] == ["for", "2.00 [1.90, 2.10]", "1"]
+    assert table.loc[("net: artifacts, mild", "cause")].tolist()[:3] == ["not measured", "–", "–"]
 
 
 def test_places_of_marked_patches() -> None:
@@ -83,3 +90,11 @@ def test_the_picture_of_the_cure_has_one_scale_of_norms() -> None:
     limits = [axis.images[0].get_clim() for axis in figure.axes]
     assert limits[1] == limits[2] == limits[6] == limits[7] == (0, 71)
     assert limits[3] == (0, 35)
+
+
+def test_a_fingerprint_tells_content_beside_place() -> None:
+    parts = {"part": ["place"], "answer": ("part", ["for"])}
+    data = {k: ("part", [v]) for k, v in (("value", 0.9), ("low", 0.8), ("high", 1.0), ("control", 0.6))}
+    facts = {"place: content": 0.23, "place: content_low": 0.16, "place: content_high": 0.3, "place: chance": 0.04}
+    table = report.norms.fingerprints({"net": xr.Dataset(data, parts, {"word": "artifacts, mild"} | facts)})
+    assert table.loc[("net: artifacts, mild", "place, by content")].tolist()[:3] == ["for", "0.23 [0.16, 0.30]", "0.04"]

@@ -58,16 +58,27 @@ def plot_heads(image: np.ndarray, maps: np.ndarray, masked: np.ndarray) -> Figur
     return figure
 
 
-def on_marked(maps: Mapping[str, xr.DataArray], norms: Mapping[str, xr.DataArray]) -> pd.DataFrame:
-    """What outliers receive of CLS in the last block, head by head (Fig 18), and the peak of the map (Fig 1, 2): {network: CLS
-    attention [image, layer, head, query, token]}, {network: norms [image, layer, token]} → rows by network with the mean fair
-    share of patches marked in the first network in its least and in its most attentive head, that of the others, and the part of
-    the attention to patches that falls on one, in per cent with its 95 % interval over images."""
+def on_marked(
+    maps: Mapping[str, xr.DataArray], norms: Mapping[str, xr.DataArray], received: Mapping[str, xr.DataArray]
+) -> pd.DataFrame:
+    """What outliers receive in the last block: of all queries, of CLS head by head (Fig 18), and the peak of the map (Fig 1, 2).
+
+    Args:
+        maps: {network: CLS attention [image, layer, head, query, token]}.
+        norms: {network: norms [image, layer, token]}; patches are marked in the first network for all.
+        received: {network: attention received of all queries, in fair shares [image, layer, token]}.
+
+    Returns:
+        Rows by network: mean fair shares of all queries on marked and on other patches; of CLS on marked patches in the least and
+        the most attentive head, and on the others; the part of the CLS attention to patches that falls on one, in per cent with
+        its 95 % interval over images.
+    """
     first = next(iter(norms.values())).isel(layer=-1)
     found = arrays.patches(outliers.mark_outliers(first, outliers.find_cutoff(first)))
     marked = found.transpose("image", "token").values
     rows = []
     for name, a in maps.items():
+        drawn = arrays.patches(received[name]).isel(layer=-1).transpose("image", "token").values
         last = arrays.patches(a).isel(layer=-1, query=0).transpose("image", "head", "token").values
         share = last / last.sum(-1, keepdims=True) * last.shape[-1]
         heads = [share[:, h][marked].mean() for h in range(share.shape[1])]
@@ -75,9 +86,11 @@ def on_marked(maps: Mapping[str, xr.DataArray], norms: Mapping[str, xr.DataArray
         rows.append(
             {
                 "network": name,
-                "marked, least head": min(heads),
-                "marked, most head": max(heads),
-                "others, all heads": share.transpose(0, 2, 1)[~marked].mean(),
+                "all queries, marked": drawn[marked].mean(),
+                "all queries, others": drawn[~marked].mean(),
+                "CLS, marked, least head": min(heads),
+                "CLS, marked, most head": max(heads),
+                "CLS, others": share.transpose(0, 2, 1)[~marked].mean(),
                 "peak, %": cell(arrays.bootstrap_interval(100 * peak)),
             }
         )

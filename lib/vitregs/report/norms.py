@@ -327,9 +327,19 @@ def plot_sizes(norms: Mapping[str, xr.DataArray]) -> Figure:
     return figure
 
 
+MEANT = {  # by the value of a part, and by its control
+    "mode": "norm of the mode over the median; 1 without a mode",
+    "place": "cosine of marked patches to their neighbours; of others",
+    "attention": "fair shares that marked patches receive; that others do",
+    "neurons": "neurons that write half of the shift; all neurons",
+    "cause": "share of the marks that goes with the register neurons; with random ones",
+}
+
+
 def fingerprints(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     """The five parts of stored fingerprints: {network: what `diagnose.fingerprints` gives} → rows by network and part with the
-    answer, the number that decides with its 95 % interval, and its control."""
+    answer, the number that decides with its 95 % interval, its control, and what both are; beside place, how well what a patch
+    shows tells its mark."""
     rows = []
     for name, data in found.items():
         for part in data["part"].values:
@@ -341,9 +351,21 @@ def fingerprints(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
                     "part": str(part),
                     "answer": str(at["answer"].values),
                     "value": cell((value, low, high)) if np.isfinite(value) else "–",
-                    "control": f"{control:.3g}" if np.isfinite(control) else "–",
+                    "control": "–" if np.isnan(control) else f"{control:.0f}" if control >= 100 else f"{control:.3g}",
+                    "value; control": MEANT[str(part)],
                 }
             )
+            if part == "place" and np.isfinite(tells := data.attrs.get("place: content", np.nan)):
+                ends = (tells, data.attrs["place: content_low"], data.attrs["place: content_high"])
+                rows.append(
+                    rows[-1]
+                    | {
+                        "part": "place, by content",
+                        "value": cell(ends),
+                        "control": f"{data.attrs['place: chance']:.3g}",
+                        "value; control": "average precision of marks told from what patches show; by chance",
+                    }
+                )
     return pd.DataFrame(rows).set_index(["network", "part"])
 
 
