@@ -569,7 +569,7 @@ def test_the_card_names_the_images_and_the_command(tmp_path: Path) -> None:
     out = train(chosen, tmp_path / "run", images=str(mine))
     card = json.loads((out / "recipe.json").read_text())
     assert card["command"] == f"vitregs train mae-pico-reg2 {' '.join(message)} --images '{mine}'"
-    assert card["recipe"]["data"] == str(mine)
+    assert card["recipe"]["data"] == mine.name
     assert card["images"] == {"trained": 36, "fingerprint": images.open_images(str(mine), size=16).fingerprint}
     page = (out / "README.md").read_text()
     assert f"`{card['command']}`" in page

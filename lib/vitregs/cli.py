@@ -335,6 +335,9 @@ def train(
     images: Annotated[
         str | None, Parameter(help="where the recipe's images lie: a folder, parquet files (default: the hub)")
     ] = None,
+    weights: Annotated[
+        str | None, Parameter(help="file with the weights of the network that a recipe starts from (default: the hub)")
+    ] = None,
     minutes: Annotated[
         float | None, Parameter(help="stop in time, with a checkpoint; the same command goes on")
     ] = None,
@@ -364,6 +367,7 @@ def train(
         out=out or Path("runs") / chosen.name,
         device=device,
         images=images,
+        weights=weights,
         resume=not restart,
         minutes=minutes,
         compiled=False if eager else None,

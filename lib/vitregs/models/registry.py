@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache, partial
@@ -392,11 +392,28 @@ def _from_timm(name: str, file: Path | None) -> Backbone:
     return backbone
 
 
+def build(facts: Mapping[str, Any], **more: Any) -> Any:
+    """Make the network of a card with random weights.
+
+    Args:
+        facts: What a card says of its ViT: arguments of timm's VisionTransformer, or `architecture` (a name that timm knows)
+            and what of it is changed.
+        more: Further arguments, which no card keeps.
+
+    Returns:
+        timm's ViT.
+    """
+    changes = {k: v for k, v in facts.items() if k != "architecture"}
+    if name := facts.get("architecture"):
+        return timm.create_model(name, pretrained=False, **changes, **more)
+    return timm.models.VisionTransformer(**changes, **more)
+
+
 def _from_folder(folder: Path, name: str, given: Path | None) -> Backbone:
     """Load a model trained here from its folder: folder, name, weights in place of its own → Backbone."""
     try:
         facts = _recipe(folder)
-        net: Any = timm.models.VisionTransformer(**facts["vit"])
+        net = build(facts["vit"])
         mean, std = tuple(facts["mean"]), tuple(facts["std"])
         wanted, source = facts["weights"], f"zoo, {facts['recipe']['objective']}"
     except InputError:

@@ -6,8 +6,10 @@ class of its own here, so that a recipe shows only what takes effect.
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
 
 from vitregs.data.scenes import Difficulty
@@ -20,7 +22,9 @@ SIZES = {  # width, depth, heads
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
+    "large": (1024, 24, 16),
 }
+START = ("init", "zeroed", "dead", "fresh_from")  # settings of a recipe that starts from a trained network
 
 
 def _positive(settings: Any, *names: str) -> None:
@@ -158,7 +162,32 @@ class DinoV2(Dino):
             raise InputError(f"a batch of {recipe.batch} leaves no masked image for dinov2: raise batch")
 
 
-Objective = Supervised | Clip | Mae | Dino | DinoV2
+@dataclass(frozen=True)
+class Distil:
+    """Distillation: agree with a network that is held still, the one that the run starts from (Hinton et al. 2015)."""
+
+    name: ClassVar[str] = "distil"
+    teacher: str = (
+        ""  # what changes the teacher, as the ending of a network's name does: "+tt1" adds a test-time register
+    )
+    target: str = (
+        "logits"  # what is agreed on: "logits" of the head, or "features", CLS and patches behind the final norm
+    )
+    labels: float = 0.0  # weight of the cross-entropy with the images' labels, which the network's head must know
+
+    def check(self, recipe: "Recipe") -> None:
+        """Raise InputError for values that make no sense."""
+        if not recipe.init:
+            raise InputError("distil needs a network to agree with: name it, as init=deit_tiny_patch16_224")
+        if self.target not in ("logits", "features"):
+            raise unknown("target", self.target, ("logits", "features"))
+        if self.teacher and not self.teacher.startswith("+"):
+            raise InputError(f"teacher is the ending of a network's name, as +tt1, not {self.teacher!r}")
+        if not 0 <= self.labels < math.inf:
+            raise InputError(f"labels must be 0 or more, not {self.labels}")
+
+
+Objective = Supervised | Clip | Mae | Dino | DinoV2 | Distil
 OBJECTIVES: dict[str, type[Objective]] = {o.name: o for o in get_args(Objective)}
 
 
@@ -192,6 +221,12 @@ class Recipe:
     seed: int = 0
     precision: str = "bf16"  # of autocast; "fp32" turns it off
     difficulty: Difficulty = field(default_factory=lambda: Difficulty(objects=(1, 4)))
+    init: str = ""  # a trained network that the run starts from, by its name; "" for random weights
+    zeroed: str = (
+        "none"  # MLP neurons whose output weights start at zero: "register", "random" (as many), or a list's file
+    )
+    dead: bool = False  # whether these lose their input weights too, so that no gradient ever reaches them
+    fresh_from: int = 0  # the first block that starts from random weights nevertheless, 0 for none
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
@@ -214,6 +249,16 @@ class Recipe:
                 raise InputError(f"{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
         if self.pool == "avg" and not isinstance(self.objective, Supervised):
             raise InputError(f"{self.objective.name} reads the CLS token: pool must be token")
+        if self.init:
+            for name, of_network in (("layer_scale", None), ("patch_norm", False), ("pool", "token")):
+                if getattr(self, name) != of_network:
+                    raise InputError(f"{name} is that of {self.init}: leave it out")
+        elif self.zeroed != "none" or self.fresh_from:
+            raise InputError("zeroed and fresh_from change a trained network: name it, as init=deit_tiny_patch16_224")
+        if self.dead and self.zeroed == "none":
+            raise InputError("dead is of zeroed neurons: zeroed=register")
+        if not 0 <= self.fresh_from <= SIZES[self.size][1]:
+            raise InputError(f"fresh_from must be 0 or one of blocks 1 to {SIZES[self.size][1]}, not {self.fresh_from}")
         self.objective.check(self)
 
     @property
@@ -221,8 +266,13 @@ class Recipe:
         """Patch tokens of an image."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def judged(self) -> bool:
+        """Whether the fingerprint is taken at every look: in networks large enough that it costs little beside their steps."""
+        return bool(self.init) or SIZES[self.size][0] >= SIZES["tiny"][0]
+
     def vit(self) -> dict[str, Any]:
-        """Arguments for timm's VisionTransformer, head left out."""
+        """Arguments for timm's VisionTransformer with random weights, head left out."""
         width, depth, heads = SIZES[self.size]
         return {
             "img_size": self.image_size,
@@ -239,8 +289,16 @@ class Recipe:
         }
 
     def facts(self) -> dict[str, Any]:
-        """What decides the weights, as flat plain values for JSON (not the prose)."""
-        own = {k: v for k, v in asdict(self).items() if k not in ("about", "objective")}
+        """What decides the weights, as flat plain values for JSON (not the prose).
+
+        Of files and folders the last part of their names is told; checkpoints and cards know them by content.
+        """
+        left_out = ("about", "objective", *(() if self.init else START))
+        own = {k: v for k, v in asdict(self).items() if k not in left_out}
+        if self.init:
+            own |= {"init": re.sub(r"@.*[/\\]", "@", self.init), "zeroed": Path(self.zeroed).name}
+        if Path(self.data).expanduser().exists():
+            own["data"] = Path(self.data).resolve().name
         return {"objective": self.objective.name, **own, **asdict(self.objective)}
 
     def override(self, **changes: Any) -> "Recipe":
@@ -276,7 +334,8 @@ def parse(base: Recipe, settings: Sequence[str]) -> Recipe:
         if name not in kinds:
             raise unknown("recipe setting", name, kinds)
         changes[name] = _value(name, kinds[name], text)
-    names = "".join(suffix(k, v) for k, v in changes.items() if v != base.facts()[k])
+    known = asdict(base) | asdict(base.objective)
+    names = "".join(suffix(k, v) for k, v in changes.items() if v != known[k])
     return base.override(**changes, name=base.name + names)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor
 
 from vitregs.data import images, scenes, sources
@@ -191,6 +192,23 @@ def _classes(named: list[object], known: list[str]) -> tuple[list[str], list[int
     return [str(n) for n in names], [-1 if n is None else index[n] for n in named]
 
 
+def imagenet_numbers(classes: list[str]) -> list[int] | None:
+    """Number classes as a head trained on ImageNet-1k counts them.
+
+    Args:
+        classes: Synsets ("n01440764"), or the first words of their descriptions ("tench").
+
+    Returns:
+        Number of each, None where one of them is no class of ImageNet-1k, or the name of two.
+    """
+    info = ImageNetInfo("imagenet-1k")
+    synsets = {name: i for i, name in enumerate(info.label_names())}
+    first = [info.index_to_description(i).split(",")[0].lower() for i in range(len(synsets))]
+    known = synsets | {word: i for i, word in enumerate(first) if first.count(word) == 1}
+    found = [known.get(name, known.get(name.replace("_", " ").lower(), -1)) for name in classes]
+    return found if found and min(found) >= 0 else None
+
+
 def make(recipe: Recipe, device: torch.device, source: str | None = None, count: int | None = None) -> Feed:
     """Open what a recipe trains on: recipe, device, where its images lie (None: by its own name) and how many to use → Feed.
 
@@ -200,12 +218,13 @@ def make(recipe: Recipe, device: torch.device, source: str | None = None, count:
     feed: Feed = SceneFeed(recipe, device) if source == "scenes" else ImageFeed(recipe, device, source, count)
     if objective == "clip" and feed.held(1).captions is None:
         raise InputError(f"clip needs captions: {source} has neither captions nor class names for all images")
-    if objective == "supervised" and isinstance(feed, ImageFeed):
+    asked = objective == "supervised" or getattr(recipe.objective, "labels", False)
+    if asked and isinstance(feed, ImageFeed):
         bare = int((feed.label < 0).sum())
         if bare:
             raise InputError(
-                f"supervised training needs labels: {bare} of {len(feed.label)} images of {source} have none"
+                f"{objective} training needs labels: {bare} of {len(feed.label)} images of {source} have none"
             )
         if len(feed.label.unique()) < 2:
-            raise InputError(f"supervised training needs two classes or more: all images of {source} have one label")
+            raise InputError(f"{objective} training needs two classes or more: all images of {source} have one label")
     return feed

@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vitregs import cache
-from vitregs.train import monitor, recipes, vit
-from vitregs.train.config import Recipe
+from vitregs.train import monitor, recipes
+from vitregs.train.config import SIZES, Recipe
 
 LARGEST = "16MB"
 WORDS = "words.safetensors"
@@ -45,9 +45,9 @@ def export(
     card = {
         "recipe": recipe.facts(),
         "command": recipes.command(recipe),
-        "vit": {**recipe.vit(), "num_classes": net.num_classes},
-        "mean": vit.MEAN,
-        "std": vit.STD,
+        "vit": net.facts,
+        "mean": net.pixel_mean,
+        "std": net.pixel_std,
         "weights": cache.file_hash(*files(out)),
         "accuracy": _known(records[-1]["accuracy"]),
         "knn": _known(records[-1]["knn"]),
@@ -90,7 +90,7 @@ def _text(words: str, spare: Path) -> None:
 def describe(card: dict[str, Any], log: xr.Dataset) -> str:
     """Model card in Markdown: what `publish` wrote of a run, its history → text."""
     recipe, best = card["recipe"], monitor.strongest(log)
-    width, heads, depth = (card["vit"][k] for k in ("embed_dim", "num_heads", "depth"))
+    width, depth, heads = SIZES[recipe["size"]]
     rows = {
         "objective": recipe["objective"],
         "registers": recipe["registers"],

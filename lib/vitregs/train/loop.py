@@ -28,7 +28,7 @@ from vitregs.data.preparation import Preparation
 from vitregs.errors import InputError, Interrupted
 from vitregs.models import registry
 from vitregs.models.backbone import Backbone
-from vitregs.train import data, evaluation, export, learners, monitor, schedules, throughput, vit
+from vitregs.train import data, evaluation, export, learners, monitor, schedules, start, throughput
 from vitregs.train.config import Recipe
 
 # Held-out images: whose norms are watched; that a head is scored on at the end, and on the way; that k-NN knows
@@ -60,6 +60,7 @@ def train(
     device: str = "auto",
     images: str | None = None,
     count: int | None = None,
+    weights: str | Path | None = None,
     resume: bool = True,
     compiled: bool | None = None,
     every: int | None = None,
@@ -70,25 +71,27 @@ def train(
 ) -> Path | None:
     """Train a recipe: where to keep checkpoints and the result, device → folder with weights, recipe, history and card.
 
-    `images` names the images to train on in place of `recipe.data`, `count` how many of them are used. `report` hears a line
-    and `follow` sees the history whenever the network is looked at. With `minutes` the run stops in time, with a checkpoint,
-    and gives None, as do all processes but the first. `final` adds linear scores at the end; what cannot be scored is left
-    out, and the card says why. Raises InputError for a checkpoint of another recipe or other images, too little memory on the
-    device, data that do not fit, or a disk that cannot be written; the last checkpoint survives. Ctrl-C and SIGTERM stop the
-    run behind the step at work, with a checkpoint, and raise Interrupted; a second one stops it at once.
+    `images` names the images to train on in place of `recipe.data`, `count` how many of them are used, `weights` a file with
+    the weights of `recipe.init`. `report` hears a line and `follow` sees the history whenever the network is looked at. With
+    `minutes` the run stops in time, with a checkpoint, and gives None, as do all processes but the first. `final` adds linear
+    scores at the end; what cannot be scored is left out, and the card says why. Raises InputError for a checkpoint of another
+    recipe or other images, too little memory on the device, data or a network to start from that do not fit, or a disk that
+    cannot be written; the last checkpoint survives. Ctrl-C and SIGTERM stop the run behind the step at work, with a
+    checkpoint, and raise Interrupted; a second one stops it at once.
     """
     begun = time.monotonic()
     recipe = recipe.override(data=images) if images else recipe  # the card names what was seen
     rank, world, target = _place(device)
     origin = cache.provenance(device=_named(target))  # of the code that runs, not of what it may become meanwhile
+    begin = start.load(recipe, weights)
     feed = data.make(recipe, target, count=count)
     cache.check_writable(out)
     data.rows(recipe.batch, rank, world)
     recipe.objective.check(dataclasses.replace(recipe, batch=recipe.batch // world))
-    learner = learners.learner(recipe, feed).to(target)
+    learner = learners.learner(recipe, feed, begin).to(target)
     optimizer = schedules.optimiser(learner, recipe)
-    file, stamp = out / "checkpoint.pt", _stamp(recipe, feed, world)
-    start, records, spent, before, seen = _resume(stamp, file, learner, optimizer) if resume else (0, [], 0.0, 0.0, 0)
+    file, stamp = out / "checkpoint.pt", _stamp(recipe, feed, world, begin)
+    first, records, spent, before, seen = _resume(stamp, file, learner, optimizer) if resume else (0, [], 0.0, 0.0, 0)
     low = torch.autocast(target.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     def loss_of(module: nn.Module, batch: data.Batch) -> torch.Tensor:
@@ -109,15 +112,15 @@ def train(
                 block.compile(dynamic=False)  # one block's code serves all that drop paths at the same rate
     run: nn.Module = nn.parallel.DistributedDataParallel(learner) if world > 1 else learner
     watch = _Watch(recipe, feed, learner) if rank == 0 else None
-    bar = throughput.Bar(recipe.name, start, recipe.steps, recipe.batch, flop, peak, rank == 0)
+    bar = throughput.Bar(recipe.name, first, recipe.steps, recipe.batch, flop, peak, rank == 0)
     clock, total = time.monotonic() - spent, torch.tensor(before, device=target)
     signals = _Signals()
     try:
-        for step in range(start, recipe.steps + 1):
-            late = step > start and minutes is not None and time.monotonic() - begun > minutes * 60
+        for step in range(first, recipe.steps + 1):
+            late = step > first and minutes is not None and time.monotonic() - begun > minutes * 60
             stop = float(signals.number or late)
             if world > 1:  # all must stop at the same step, and asking costs
-                stop = _most(stop, target) if step > start and step % CHECKED == 0 else 0.0
+                stop = _most(stop, target) if step > first and step % CHECKED == 0 else 0.0
             if monitor.due(step, recipe.steps, every) and not (records and records[-1]["step"] == step):
                 mean = _sum(total) / seen / world if seen else math.nan  # nothing is learned from before step 0
                 _finite(mean if seen else 0.0, recipe, step)
@@ -168,7 +171,7 @@ def train(
     if rank == 0 and step == recipe.steps:
         facts = _facts(recipe, feed, learner, records, flop, peak)
         if final:
-            facts |= _scored(recipe, feed, learner, target)
+            facts |= _scored(recipe, feed, learner, target, begin)
         words = learner.eval().text_side() if hasattr(learner, "text_side") else None
         done = export.export(recipe, learner.published, records, out, origin, facts, words)
     if world > 1:
@@ -198,9 +201,11 @@ def _facts(
     return facts
 
 
-def _scored(recipe: Recipe, feed: data.Feed, learner: Any, target: torch.device) -> dict[str, Any]:
-    """Scores that a finished network may have, trained and untrained; why some are left out."""
-    fresh = learners.learner(recipe, feed).to(target)
+def _scored(
+    recipe: Recipe, feed: data.Feed, learner: Any, target: torch.device, begin: start.Start | None
+) -> dict[str, Any]:
+    """Scores that a finished network may have, trained and as it was before the first step; why some are left out."""
+    fresh = learners.learner(recipe, feed, begin).to(target)
     facts: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, net in (("linear", learner.published), ("linear_untrained", fresh.published)):
@@ -246,21 +251,27 @@ class _Watch:
         self.learner.eval()
         backbone = snapshot(self.recipe, self.learner.published)
         score = getattr(self.learner, "score", None)
+        agreement = getattr(self.learner, "agreement", None)
+        whole = step == self.recipe.steps or bool(self.recipe.init)
         found = {
             "step": step,
             "loss": loss,
-            "accuracy": score(self.scored if step == self.recipe.steps else self.queries) if score else math.nan,
+            "accuracy": score(self.scored if whole else self.queries) if score else math.nan,
+            **({"agreement": agreement(self.scored)} if agreement else {}),
             "knn": evaluation.knn(backbone, self.bank, self.queries),
             **monitor.measure(backbone, self.scored.pixels[:WATCHED]),
+            **(monitor.fingerprint(backbone, self.scored.pixels[:WATCHED]) if self.recipe.judged else {}),
         }
         self.learner.train()
         return {**found, "watching": time.monotonic() - begun}
 
 
-def snapshot(recipe: Recipe, net: nn.Module) -> Backbone:
+def snapshot(recipe: Recipe, net: Any) -> Backbone:
     """Freeze a copy of a network in training: → Backbone to measure."""
     size = (recipe.image_size, recipe.image_size)
-    return Backbone(recipe.name, deepcopy(net), vit.MEAN, vit.STD, size, Preparation(), "training", "training")
+    return Backbone(
+        recipe.name, deepcopy(net), net.pixel_mean, net.pixel_std, size, Preparation(), "training", "training"
+    )
 
 
 def line(recipe: Recipe, records: list[dict[str, Any]], used: float = math.nan) -> str:
@@ -280,12 +291,10 @@ def line(recipe: Recipe, records: list[dict[str, Any]], used: float = math.nan) 
     return f"{text}  {rate * recipe.batch:.0f} images/s{used_text}  {(recipe.steps - now['step']) / rate / 60:.0f} min left"
 
 
-def _stamp(recipe: Recipe, feed: data.Feed, world: int) -> str:
+def _stamp(recipe: Recipe, feed: data.Feed, world: int, begin: start.Start | None) -> str:
     """All that decides the weights, as text: what a checkpoint must agree with."""
-    return json.dumps(
-        {**recipe.facts(), "data": feed.fingerprint, "images": getattr(feed, "trained", None), "processes": world},
-        sort_keys=True,
-    )
+    known = {**recipe.facts(), "data": feed.fingerprint, "images": getattr(feed, "trained", None), "processes": world}
+    return json.dumps(known | ({"start": begin.key} if begin else {}), sort_keys=True)
 
 
 def _call(learner: Any, name: str) -> None:

@@ -7,11 +7,22 @@ from typing import Any
 
 from vitregs.data.scenes import Difficulty
 from vitregs.errors import InputError, unknown
-from vitregs.train.config import Clip, Dino, DinoV2, Mae, Recipe, Supervised, parse, suffix
+from vitregs.train.config import Clip, Dino, DinoV2, Distil, Mae, Recipe, Supervised, parse, suffix
 
 REDUNDANT = Difficulty(objects=(1, 3), radius=0.2, backgrounds=("flat", "gradient", "noise"))  # most patches repeat
 CPU = "fp32"  # bf16 costs more than it saves below width 192
 FEW: Any = {"local_crops": 2, "prototypes": 256, "momentum": 0.99}  # what 1,000 steps of 16 images can bear
+DEIT: Any = {  # DeiT-Tiny at half of its side (49 patches), on real images; register neurons are those of data/neurons
+    "size": "tiny",
+    "image_size": 112,
+    "patch_size": 16,
+    "init": "deit_tiny_patch16_224",
+    "data": "zh-plus/tiny-imagenet",
+    "augment": True,
+    "weight_decay": 0.05,
+    "beta2": 0.98,
+}
+SHORT: Any = {"steps": 1000, "batch": 16, "lr": 1e-4, "warmup": 50}
 _ALL = [
     # The first pair of the project. Its registers started 1e-6 apart, as published, and hardly grew apart.
     Recipe(
@@ -94,6 +105,53 @@ _ALL = [
         batch=32,
         weight_decay=0.05,
         precision=CPU,
+    ),
+    # Regrowth: DeiT-Tiny has the artifact. It is taken away, or given registers, and what comes back is watched.
+    *(
+        Recipe(f"regrow-{name}", f"{what}; 10 minutes on one CPU core", Distil(), **DEIT, **SHORT, **changes)
+        for name, what, changes in (
+            (
+                "zeroed",
+                "DeiT-Tiny without the output weights of its register neurons, distilled from itself",
+                {"zeroed": "register"},
+            ),
+            (
+                "dead",
+                "the same without their input weights, so that others must be found",
+                {"zeroed": "register", "dead": True},
+            ),
+            ("random", "control: as many random neurons", {"zeroed": "random"}),
+            ("kept", "control: nothing zeroed; with registers, whether outliers move to them", {}),
+        )
+    ),
+    Recipe(
+        "regrow-asked",
+        "control: as regrow-zeroed, but the tokens are distilled, the outliers' own among them; 10 minutes on one CPU core",
+        Distil(target="features"),
+        **DEIT,
+        **SHORT,
+        zeroed="register",
+    ),
+    Recipe(
+        "cure",
+        "DeiT-Tiny learns the tokens of DeiT-Tiny with its test-time register; with registers; 6 minutes on one CPU core",
+        Distil("+tt1", "features"),
+        **DEIT,
+        steps=256,
+        batch=32,
+        lr=3e-5,
+        warmup=20,
+    ),
+    Recipe(
+        "regrow-fresh",
+        "DeiT-Tiny with blocks 5 to 12 anew, by labels and distillation; 25 minutes on one CPU core",
+        Distil(labels=1.0),
+        **DEIT,
+        fresh_from=5,
+        steps=1000,
+        batch=32,
+        lr=1e-3,
+        warmup=100,
     ),
     # For one GPU: 256 tokens, depth 12, as many steps as ten minutes hold. None has been run yet.
     *(

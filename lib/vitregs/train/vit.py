@@ -9,16 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from vitregs.train.config import Recipe
+from vitregs.train.start import Start
 
 MEAN, STD = (0.42, 0.42, 0.42), (0.25, 0.25, 0.25)
 
 
-def build(recipe: Recipe, classes: int = 0) -> nn.Module:
-    """Make the network with fresh weights: recipe, classes of its head (0: none) → timm ViT.
+def build(recipe: Recipe, classes: int = 0, start: Start | None = None) -> nn.Module:
+    """Make the network as it is before the first step.
 
-    Networks that differ in their registers alone start from the same weights elsewhere.
+    Networks that differ in their registers alone start from the same weights elsewhere. It carries `pixel_mean` and
+    `pixel_std`, by which `normalise` feeds it, and `facts`, by which `registry.build` makes it again.
+
+    Args:
+        recipe: What is trained.
+        classes: Of its head, 0 for none.
+        start: Where its weights come from, None for random ones.
+
+    Returns:
+        timm's ViT.
     """
     torch.manual_seed(recipe.seed)
+    net = start.network(recipe, classes) if start else _fresh(recipe, classes)
+    net.pixel_mean, net.pixel_std = (start.backbone.mean, start.backbone.std) if start else (MEAN, STD)
+    net.facts = start.facts(recipe, classes) if start else {**recipe.vit(), "num_classes": classes}
+    return net
+
+
+def _fresh(recipe: Recipe, classes: int) -> Any:
+    """timm's ViT of a recipe with random weights."""
     more: Any = {"num_classes": classes, "drop_path_rate": recipe.drop_path}
     plain: Any = timm.models.VisionTransformer(**{**recipe.vit(), "reg_tokens": 0}, **more)
     if not recipe.registers:
@@ -32,17 +50,16 @@ def build(recipe: Recipe, classes: int = 0) -> nn.Module:
     return net
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """Shift and scale pixels (…, 3, H, W) in [0, 1] → network input."""
-    mean, std = _stats(pixels.device, pixels.dtype)
+def normalise(net: Any, pixels: Tensor) -> Tensor:
+    """Shift and scale pixels (…, 3, H, W) in [0, 1] → input of a network that `build` made."""
+    mean, std = (_on(tuple(v), pixels.device, pixels.dtype) for v in (net.pixel_mean, net.pixel_std))
     return (pixels - mean) / std
 
 
 @cache
-def _stats(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation on a device, made once: a copy in every step would wait for it."""
-    mean, std = (torch.tensor(v, device=device, dtype=dtype).view(3, 1, 1) for v in (MEAN, STD))
-    return mean, std
+def _on(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Values of three channels on a device, made once: a copy in every step would wait for it."""
+    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
 
 
 def encode(
@@ -53,7 +70,7 @@ def encode(
     `change` acts on the patch embeddings (n, patches, d) before positions are added (iBOT's masks); `keep` (n, kept)
     names the patches that enter the blocks (MAE). CLS and registers always do.
     """
-    x = net.patch_embed(normalise(pixels))
+    x = net.patch_embed(normalise(net, pixels))
     x = net._pos_embed(x if change is None else change(x))
     if keep is not None:
         prefix = net.num_prefix_tokens
@@ -66,15 +83,17 @@ def resized(net: Any, pixels: Tensor) -> Tensor:
     """CLS tokens of images of another size (small crops), positions resized: (n, 3, h, w) in [0, 1] → (n, d)."""
     from timm.layers import resample_abs_pos_embed
 
-    x = net.patch_embed.proj(normalise(pixels)).flatten(2).transpose(1, 2)
+    x = net.patch_embed.proj(normalise(net, pixels)).flatten(2).transpose(1, 2)
     side = pixels.shape[-1] // net.patch_embed.patch_size[0]
+    prefix = [t.expand(len(x), -1, -1) for t in (net.cls_token, net.reg_token) if t is not None]
+    with_position = 0 if net.no_embed_class else net.num_prefix_tokens
     position = resample_abs_pos_embed(
         net.pos_embed,
         new_size=[side, side],
         old_size=list(net.patch_embed.grid_size),
-        num_prefix_tokens=0,
+        num_prefix_tokens=with_position,
         antialias=True,
     )
-    prefix = [t.expand(len(x), -1, -1) for t in (net.cls_token, net.reg_token) if t is not None]
-    x = torch.cat([*prefix, net.patch_embed.norm(x) + position], 1)
+    x = net.patch_embed.norm(x)
+    x = torch.cat([*prefix, x], 1) + position if with_position else torch.cat([*prefix, x + position], 1)
     return net.norm(net.blocks(net.norm_pre(x)))[:, 0]

@@ -17,6 +17,7 @@ from vitregs.train.augment import CropFlip
 from vitregs.train.config import Clip, Recipe
 from vitregs.train.data import Batch, Feed
 from vitregs.train.evaluation import right
+from vitregs.train.start import Start
 from vitregs.train.text import Vocabulary
 
 with extra("train", "training"):
@@ -32,11 +33,11 @@ class Learner(nn.Module):
 
     captions = True
 
-    def __init__(self, recipe: Recipe, feed: Feed) -> None:
+    def __init__(self, recipe: Recipe, feed: Feed, start: Start | None = None) -> None:
         super().__init__()
         own = recipe.objective
         assert isinstance(own, Clip)
-        self.vit = vit.build(recipe)
+        self.vit = vit.build(recipe, start=start)
         self.words = Vocabulary(feed.prompts())
         self.prompts = self.words.encode(feed.prompts())
         self.text = TextTransformer(

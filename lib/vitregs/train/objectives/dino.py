@@ -17,6 +17,7 @@ from vitregs.train.augment import MultiCrop
 from vitregs.train.config import Dino, Recipe
 from vitregs.train.data import Batch, Feed
 from vitregs.train.schedules import cosine, ramp
+from vitregs.train.start import Start
 
 with extra("train", "training"):
     from lightly.loss import DINOLoss
@@ -49,11 +50,11 @@ class Learner(nn.Module):
 
     captions = False
 
-    def __init__(self, recipe: Recipe, feed: Feed) -> None:
+    def __init__(self, recipe: Recipe, feed: Feed, start: Start | None = None) -> None:
         super().__init__()
         assert isinstance(recipe.objective, Dino)
         self.own, self.steps = recipe.objective, recipe.steps
-        self.vit = vit.build(recipe)
+        self.vit = vit.build(recipe, start=start)
         self.head = head(self.vit.embed_dim, self.own, self.own.prototypes)  # type: ignore[arg-type]
         self.teacher, self.teacher_head = frozen(self.vit), frozen(self.head)
         self.crops = MultiCrop(recipe.image_size, self.own)

@@ -14,6 +14,7 @@ from vitregs.train import vit
 from vitregs.train.config import DinoV2, Recipe
 from vitregs.train.data import Batch, Feed
 from vitregs.train.objectives import dino
+from vitregs.train.start import Start
 
 with extra("train", "training"):
     from lightly.loss import IBOTPatchLoss, KoLeoLoss
@@ -25,8 +26,8 @@ class Learner(dino.Learner):
 
     own: DinoV2
 
-    def __init__(self, recipe: Recipe, feed: Feed) -> None:
-        super().__init__(recipe, feed)
+    def __init__(self, recipe: Recipe, feed: Feed, start: Start | None = None) -> None:
+        super().__init__(recipe, feed, start)
         width: int = self.vit.embed_dim  # type: ignore[assignment]
         self.patch_head = dino.head(width, self.own, self.own.patch_prototypes)
         self.teacher_patch_head = dino.frozen(self.patch_head)

@@ -13,6 +13,7 @@ from vitregs.train import vit
 from vitregs.train.augment import CropFlip
 from vitregs.train.config import Mae, Recipe
 from vitregs.train.data import Batch, Feed
+from vitregs.train.start import Start
 
 
 class Learner(nn.Module):
@@ -21,11 +22,11 @@ class Learner(nn.Module):
     captions = False
     place: Tensor  # positions of the decoder
 
-    def __init__(self, recipe: Recipe, feed: Feed) -> None:
+    def __init__(self, recipe: Recipe, feed: Feed, start: Start | None = None) -> None:
         super().__init__()
         own = recipe.objective
         assert isinstance(own, Mae)
-        self.vit = vit.build(recipe)
+        self.vit = vit.build(recipe, start=start)
         self.patch, self.patches = recipe.patch_size, recipe.patches
         self.kept = round(recipe.patches * (1 - own.masked))
         width, side = own.decoder_width, recipe.image_size // recipe.patch_size

@@ -13,6 +13,7 @@ from vitregs.train.augment import ThreeAugment
 from vitregs.train.config import Recipe, Supervised
 from vitregs.train.data import Batch, Feed
 from vitregs.train.evaluation import right
+from vitregs.train.start import Start
 
 
 class Learner(nn.Module):
@@ -20,11 +21,11 @@ class Learner(nn.Module):
 
     captions = False
 
-    def __init__(self, recipe: Recipe, feed: Feed) -> None:
+    def __init__(self, recipe: Recipe, feed: Feed, start: Start | None = None) -> None:
         super().__init__()
         assert isinstance(recipe.objective, Supervised)
         self.loss, self.smoothing = recipe.objective.loss, recipe.objective.smoothing
-        self.vit = vit.build(recipe, len(feed.classes))
+        self.vit = vit.build(recipe, len(feed.classes), start)
         self.augment = ThreeAugment(recipe.image_size) if recipe.augment else nn.Identity()
 
     @property
@@ -34,7 +35,7 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Loss of a batch → scalar."""
-        logits = self.vit(vit.normalise(self.augment(batch.pixels))).float()
+        logits = self.vit(vit.normalise(self.vit, self.augment(batch.pixels))).float()
         if self.loss == "ce":
             return F.cross_entropy(logits, batch.label, label_smoothing=self.smoothing)
         wanted = batch.labels.float() * (1 - self.smoothing) + self.smoothing / logits.shape[1]
@@ -43,5 +44,5 @@ class Learner(nn.Module):
     @torch.no_grad()
     def score(self, batch: Batch) -> float:
         """Accuracy: share of images whose highest logit is a class in view."""
-        best = [self.vit(vit.normalise(part)).argmax(1) for part in batch.pixels.split(64)]
+        best = [self.vit(vit.normalise(self.vit, part)).argmax(1) for part in batch.pixels.split(64)]
         return right(batch, torch.cat(best))
