@@ -182,7 +182,10 @@ def test_the_patch_embedding_and_an_empty_mode_do_not_count():
 def test_none_where_nothing_stands_out():
     found = fingerprint.mode(some_norms(), evidence())
     assert found.answer == "against"
-    assert found.sentence == "no second mode at any layer; the largest norm is 1.8 x the median in a typical image"
+    said = "no second mode at any layer; the largest norm is 1.8 x the median in a typical image"
+    assert found.sentence == f"{said}; 5 images can be too few to see a mild mode: look at 32 or more"
+    many = xr.concat([some_norms()] * 7, "image")
+    assert fingerprint.mode(many, evidence()).sentence == said
 
 
 def test_open_where_norms_are_large_without_a_mode():

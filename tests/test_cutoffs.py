@@ -232,7 +232,7 @@ def test_a_named_cutoff_needs_norms(norms: np.ndarray):
 
 
 def test_no_mode_in_words():
-    assert str(Cutoff(None, "two modes in log norm")) == "no outlier mode (two modes in log norm)"
+    assert str(Cutoff(None, "two modes in log norm")) == "no outlier mode (rule: two modes in log norm)"
 
 
 def test_the_densities_are_those_of_scipy():

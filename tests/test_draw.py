@@ -108,13 +108,22 @@ def test_norm_density(count: int):
     assert "no outlier mode" in axes[0].get_title()
 
 
+def test_norm_densities_share_their_range_where_they_can():
+    tail, cured, far = (np.linspace(8, end, 60).reshape(2, 30) for end in (35.0, 27.0, 400.0))
+    none = Cutoff(None, "two modes in log norm")
+    with_tail, without = panels(report.norms.plot_density({"a": tail, "b": cured}, {"a": none, "b": none}))
+    assert with_tail.get_xlim() == without.get_xlim() == (0, 1.05 * 35)
+    near, other = panels(report.norms.plot_density({"a": tail, "b": far}, {"a": none, "b": none}))
+    assert near.get_xlim()[1] < 40 < 400 < other.get_xlim()[1]
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_norm_growth(count: int):
     given = {f"model {i}": norms(range(i + 2), seed=i) for i in range(count)}
     figure = report.norms.plot_layers(given)
     axes = panels(figure)
     assert [axis.get_title() for axis in axes] == list(given)
-    assert len(bars(figure)) == count
+    assert len(bars(figure)) == 1
     for axis, a in zip(axes, given.values(), strict=True):
         shares = mesh(axis)
         assert shares.shape == (69, a.sizes["layer"])
@@ -163,12 +172,15 @@ def test_training(count: int, layer: int, named: int):
         np.testing.assert_array_equal(accuracy.get_ydata(), log["accuracy"])
         np.testing.assert_array_equal(accuracy.get_xdata(), log["step"])
         np.testing.assert_allclose(largest.get_ydata(), log["largest"].sel(layer=named) / 10)
-        assert labels(below) == ["accuracy", "largest / median ÷ 10"]
+        assert not labels(below)  # a legend inside would cover the curves
         shares = np.nan_to_num(mesh(top))
         assert shares.shape == (14, 24)  # ten bins that are used, and two on either side
         np.testing.assert_allclose(shares.sum(0), 1)
         first = log["hist"].values[0, named, 20:30]
         np.testing.assert_allclose(shares[2:12, 0], first / first.sum())
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["accuracy", "largest / median ÷ 10"]
+    assert len(bars(figure)) == 1
 
 
 @pytest.mark.parametrize("groups", [1, 13])
@@ -209,6 +221,7 @@ def test_register_norms(registers: list[int]):
     figure = report.registers.plot_norms(given)
     axes = panels(figure)
     assert [axis.get_title() for axis in axes] == list(given)
+    assert len({axis.get_ylim() for axis in axes}) == 1
     for axis, count in zip(axes, registers, strict=True):
         assert len(axis.lines) == count  # also where there are more registers than colours
         for r, line in enumerate(axis.lines):

@@ -55,8 +55,8 @@ def test_training_with_further_scores() -> None:
         },
         coords={"step": [0, 1, 2, 3], "layer": [0, 1], "bin": np.geomspace(1, 10, 20)},
     )
-    below = panels(report.training.plot_training({"m": log}, -1))[1]
-    assert labels(below) == ["k-NN", "largest / median ÷ 10"]
+    (legend,) = report.training.plot_training({"m": log}, -1).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["k-NN", "largest / median ÷ 10"]
 
 
 def test_gallery() -> None:

@@ -57,6 +57,16 @@ def test_fingerprints_as_a_table() -> None:
     assert table.loc[("net: artifacts, mild", "cause")].tolist()[:3] == ["not measured", "–", "–"]
 
 
+def test_pandas_cuts_no_sentence_of_the_fingerprints() -> None:
+    parts = {"part": list(report.norms.MEANT)[:2], "answer": ("part", ["for", "for"])}
+    data = {k: ("part", [2.0, 0.5]) for k in ("value", "low", "high", "control")}
+    facts = {"place: content": 0.23, "place: content_low": 0.16, "place: content_high": 0.3, "place: chance": 0.04}
+    table = report.norms.fingerprints({"net": xr.Dataset(data, parts, {"word": "artifacts, mild"} | facts)})
+    assert len(table) == 3
+    assert "..." not in table.to_html()
+    assert all(len(said) < 50 for both in report.norms.MEANT.values() for said in both)
+
+
 def test_places_of_marked_patches() -> None:
     patch = {k: (d, np.asarray(v)[1:]) for k, (d, v) in coords().items()}
     background = HOT.astype(float)

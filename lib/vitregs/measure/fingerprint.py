@@ -26,6 +26,7 @@ PARTS = ("mode", "place", "attention", "neurons", "cause")
 STRONG = 4.0  # strength from which artifacts are strong, not mild
 RISEN = 1.1  # mean norm of marked patches over that of others, from which they have risen
 QUIET = 4.0  # without a mode, and with largest / median below this everywhere, there are none
+MANY = 32  # images from which "none" is said without a warning: of fewer, a mild mode is missed now and then
 CONTENT = 0.5  # average precision from which what a patch shows tells whether it is marked
 SINK = 2.0  # fair shares of attention that a marked patch receives at least
 FEW = 0.01  # of all neurons, that write half of the shift at most
@@ -159,10 +160,16 @@ def mode(norms: xr.DataArray, layers: pd.DataFrame) -> Part:
         deep = layers[layers.layer > 0]
         row = deep.loc[deep.largest.idxmax()]
         answer = "against" if row.largest < QUIET else "open"
+        images = norms.sizes["image"]
+        few = (
+            ""
+            if images >= MANY
+            else f"; {_number(images, 'image')} can be too few to see a mild mode: look at {MANY} or more"
+        )
         return Part(
             "mode",
             answer,
-            f"no second mode at any layer; the largest norm is {row.largest:.1f} x the median in a typical image",
+            f"no second mode at any layer; the largest norm is {row.largest:.1f} x the median in a typical image{few}",
             more={"largest": float(row.largest)},
         )
     at = arrays.patches(norms.sel(layer=int(best.layer))).transpose("image", "token").values.astype(float)

@@ -43,7 +43,7 @@ class Cutoff:
 
     def __str__(self) -> str:
         if self.value is None:
-            return f"no outlier mode ({self.rule})"
+            return f"no outlier mode (rule: {self.rule})"
         return f"cut-off {self.value:.3g} ({self.rule}), {100 * self.share:.2f} % of tokens above"
 
 

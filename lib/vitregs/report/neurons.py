@@ -152,7 +152,9 @@ def plot_blocks(found: xr.Dataset, count: int = 40) -> Figure:
         axes[0, 0].set(xlabel="neurons of a block by their share", ylabel="block", yticks=blocks)
         axes[0, 0].set_title(f"circles: register neurons, contrast {LEAST_CONTRAST:g} or more")
         axes[0, 0].grid(False)
-        figure.colorbar(shown, ax=axes[0, 0]).set_label("share of the shift, %", size=8)
+        bar = figure.colorbar(shown, ax=axes[0, 0])
+        bar.set_label("share of the shift, %", size=8)
+        bar.ax.yaxis.set_label_position("left")  # on the right it would name the next panel
         axes[0, 1].barh(blocks, 100 * share.sum(1), color=PALETTE[7], label="all neurons")
         own = np.where(contrast >= LEAST_CONTRAST, share, 0)
         registers = [own[i, chosen.get(int(b), [])].sum() * 100 for i, b in enumerate(blocks)]

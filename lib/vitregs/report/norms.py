@@ -23,9 +23,10 @@ from vitregs.measure.mixture import Cutoff
 from vitregs.measure.neurons import ranked
 from vitregs.report.format import cell
 from vitregs.report.neurons import draw_activations
-from vitregs.report.style import MARKED, OTHERS, PALETTE, STYLE, axes_grid, blank, norm_edges, norm_histogram
+from vitregs.report.style import MARKED, OTHERS, PALETTE, STYLE, axes_grid, blank, norm_edges, norm_histogram, share_bar
 
 STRONGEST = 6  # neurons in a diagnosis
+_ONE_RANGE = 4.0  # largest norms of panels this many times apart, at most, are drawn on one range
 
 
 def verdicts(norms: Mapping[str, xr.DataArray]) -> pd.DataFrame:
@@ -78,14 +79,18 @@ def sizes(norms: Mapping[str, xr.DataArray], weights: Mapping[str, int]) -> dict
 
 
 def plot_density(norms: Mapping[str, np.ndarray], cuts: Mapping[str, Cutoff]) -> Figure:
-    """Densities of patch norms on a log scale, with the cut-off or its absence in words (Fig 3, 7): {name: norms} → Figure."""
-    figure, axes = axes_grid(1, len(norms), 3.8 * len(norms), 3.0, sharey=True)
+    """Draw densities of patch norms on a log scale, with the cut-off or its absence in words (Fig 3, 7): {name: norms} → Figure;
+    networks whose largest norms are of one order have one range of norms, so that a tail that is gone can be seen."""
+    ends = [float(values.max()) for values in norms.values()]
+    alike = max(ends) <= _ONE_RANGE * min(ends)
+    figure, axes = axes_grid(1, len(norms), 3.8 * len(norms), 3.0, sharex=alike, sharey=True)
     for axis, (name, values), colour in zip(axes[0], norms.items(), cycle(PALETTE), strict=False):
         axis.hist(values.ravel(), bins=80, density=True, log=True, color=colour, alpha=0.8)
         cut = cuts[name]
         if cut.value is not None:
             axis.axvline(cut.value, color="black", ls="--", lw=1)
-        axis.set(xlabel="L2 norm of patch tokens, last layer", xlim=(0, None))
+        end = max(ends) if alike else float(values.max())
+        axis.set(xlabel="L2 norm of patch tokens, last layer", xlim=(0, 1.05 * end))
         axis.set_title(f"{name}\n{_wrap(str(cut))}", fontsize=8)
     axes[0, 0].set_ylabel("density (log scale)")
     return figure
@@ -102,8 +107,9 @@ def plot_layers(norms: Mapping[str, xr.DataArray]) -> Figure:
     edges = norm_edges(*values.values())
     for axis, (name, v) in zip(axes[0], values.items(), strict=True):
         share = np.stack([np.histogram(layer, edges)[0] / layer.size for layer in v])
-        norm_histogram(figure, axis, np.asarray(norms[name]["layer"]), edges, share)
+        mesh = norm_histogram(axis, np.asarray(norms[name]["layer"]), edges, share)
         axis.set(title=name, xlabel="layer")
+    share_bar(figure, mesh, list(axes[0]))
     axes[0, 0].set_ylabel("L2 norm of patch tokens")
     return figure
 
@@ -186,13 +192,14 @@ def plot_without_and_with(norms: Mapping[str, xr.DataArray]) -> Figure:
     edges = norm_edges(*values.values(), *(r.values[np.isfinite(r.values)] for r in registers.values() if r.size))
     for axis, (name, v) in zip(axes[0, 1:], values.items(), strict=True):
         share = np.stack([np.histogram(layer, edges)[0] / layer.size for layer in v])
-        norm_histogram(figure, axis, np.asarray(norms[name]["layer"]), edges, share)
+        mesh = norm_histogram(axis, np.asarray(norms[name]["layer"]), edges, share)
         for token in registers[name].transpose("token", "layer"):
             axis.plot(token.values, "o-", ms=3, lw=1.2, color=PALETTE[3], label=str(token["label"].values))
         if registers[name].size:
             axis.legend()
         axis.set(xlabel="layer", ylabel="L2 norm of patch tokens")
         axis.set_title(name, fontsize=8)
+    share_bar(figure, mesh, list(axes[0, 1:]))
     return figure
 
 
@@ -203,7 +210,8 @@ def plot_layers_and_density(name: str, norms: xr.DataArray, layer: int, cut: flo
     values = patches(norms).transpose("layer", "image", "token").values
     edges = norm_edges(values)
     share = np.stack([np.histogram(v, edges)[0] / v.size for v in values])
-    norm_histogram(figure, axes[0, 0], np.asarray(norms["layer"]), edges, share)
+    mesh = norm_histogram(axes[0, 0], np.asarray(norms["layer"]), edges, share)
+    share_bar(figure, mesh, [axes[0, 0]])
     axes[0, 0].set(xlabel="layer", ylabel="L2 norm of patch tokens")
     axes[0, 0].set_title(name, fontsize=10)
     axis = axes[0, 1]
@@ -264,7 +272,8 @@ def _draw_growth(figure: Figure, axis: Axes, found: Diagnosis) -> None:
     values = patches(found.norms).transpose("layer", "image", "token").values
     edges = norm_edges(values)
     share = np.stack([np.histogram(v, edges)[0] / v.size for v in values])
-    norm_histogram(figure, axis, np.asarray(found.norms["layer"]), edges, share, "Blues")
+    mesh = norm_histogram(axis, np.asarray(found.norms["layer"]), edges, share, "Blues")
+    share_bar(figure, mesh, [axis])
     axis.set(xlabel="layer", ylabel="L2 norm of patch tokens", title="norms over layers")
     if found.marked is not None and found.marked.any():
         low, middle, high = np.quantile(values[:, found.marked.values], [0.05, 0.5, 0.95], axis=1)
@@ -322,17 +331,19 @@ def plot_sizes(norms: Mapping[str, xr.DataArray]) -> Figure:
     edges = norm_edges(*values)
     figure, axes = axes_grid(1, 1, max(4.2, 1.3 * len(values) + 1.6), 3.3)
     share = np.stack([np.histogram(v, edges)[0] / len(v) for v in values])
-    norm_histogram(figure, axes[0, 0], np.arange(len(values)), edges, share)
+    mesh = norm_histogram(axes[0, 0], np.arange(len(values)), edges, share)
+    share_bar(figure, mesh, [axes[0, 0]])
     axes[0, 0].set(ylabel="L2 norm of patch tokens, last layer", xticks=range(len(values)), xticklabels=list(norms))
     return figure
 
 
-MEANT = {  # by the value of a part, and by its control
-    "mode": "norm of the mode over the median; 1 without a mode",
-    "place": "cosine of marked patches to their neighbours; of others",
-    "attention": "fair shares that marked patches receive; that others do",
-    "neurons": "neurons that write half of the shift; all neurons",
-    "cause": "share of the marks that goes with the register neurons; with random ones",
+MEANT = {  # the value of a part, and its control; each short enough for pandas not to cut it
+    "mode": ("norm of the mode over the median", "without a mode"),
+    "place": ("cosine of marked patches to their neighbours", "of other patches"),
+    "place, by content": ("how well content tells marks, average precision", "by chance"),
+    "attention": ("fair shares that marked patches receive", "that others receive"),
+    "neurons": ("neurons that write half of the shift", "all neurons"),
+    "cause": ("share of marks that goes with register neurons", "with random neurons"),
 }
 
 
@@ -352,7 +363,8 @@ def fingerprints(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
                     "answer": str(at["answer"].values),
                     "value": cell((value, low, high)) if np.isfinite(value) else "–",
                     "control": "–" if np.isnan(control) else f"{control:.0f}" if control >= 100 else f"{control:.3g}",
-                    "value; control": MEANT[str(part)],
+                    "the value": MEANT[str(part)][0],
+                    "the control": MEANT[str(part)][1],
                 }
             )
             if part == "place" and np.isfinite(tells := data.attrs.get("place: content", np.nan)):
@@ -363,7 +375,8 @@ def fingerprints(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
                         "part": "place, by content",
                         "value": cell(ends),
                         "control": f"{data.attrs['place: chance']:.3g}",
-                        "value; control": "average precision of marks told from what patches show; by chance",
+                        "the value": MEANT["place, by content"][0],
+                        "the control": MEANT["place, by content"][1],
                     }
                 )
     return pd.DataFrame(rows).set_index(["network", "part"])

@@ -34,7 +34,7 @@ def plot_norms(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """Norm of each register over blocks: {title: rows with block, register, norm} → Figure, one panel a model."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = axes_grid(rows, columns, 3.1 * columns, 2.4 * rows)
+    figure, axes = axes_grid(rows, columns, 3.1 * columns, 2.4 * rows, sharey=True)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, table) in zip(axes.flat, panels.items(), strict=False):

@@ -187,6 +187,8 @@ def plot_doses(curve_table: pd.DataFrame) -> Figure:
         axis.fill_between(at, part["low"], part["high"], color=colour, alpha=0.2, lw=0)
         if part["baseline"].notna().all():
             axis.plot(at, part["baseline"], ":", color="grey")
+        if not part["value"].any():  # shares that are zero throughout have no scale of their own
+            axis.set_ylim(0, 1)
         axis.set(xticks=at, xticklabels=[f"{n:g}" for n in part["tokens"]])
         axis.set_title(f"{panel} (paper)" if source == "paper" else panel, fontsize=8)
         axis.set_xlabel("trained registers" if source == "paper" else "zero tokens", fontsize=8)

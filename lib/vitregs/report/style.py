@@ -1,6 +1,6 @@
 """What all figures share: their style, empty axes, and two-dimensional histograms of norms."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -66,9 +67,9 @@ def norm_edges(*values: np.ndarray) -> np.ndarray:
 
 
 def norm_histogram(
-    figure: Figure, axis: Axes, x: np.ndarray, edges: np.ndarray, share: np.ndarray, colours: str = "viridis"
-) -> None:
-    """One two-dimensional histogram with a column for each x; columns are drawn equally wide."""
+    axis: Axes, x: np.ndarray, edges: np.ndarray, share: np.ndarray, colours: str = "viridis"
+) -> QuadMesh:
+    """Draw a two-dimensional histogram with a column for each x, all equally wide: → what `share_bar` needs."""
     sides = np.arange(len(x) + 1) - 0.5
     mesh = axis.pcolormesh(
         sides, edges, np.where(share > 0, share, np.nan).T, cmap=colours, norm=LogNorm(1e-5, 1), rasterized=True
@@ -80,7 +81,12 @@ def norm_histogram(
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set(xticks=np.arange(len(x))[::step], xticklabels=[f"{v:g}" for v in x[::step]])
     axis.grid(False)
-    bar = figure.colorbar(mesh, ax=axis)
+    return mesh
+
+
+def share_bar(figure: Figure, mesh: QuadMesh, axes: Sequence[Axes]) -> None:
+    """Add the one colour bar of norm histograms that stand in a row: all have the same colours."""
+    bar = figure.colorbar(mesh, ax=axes, aspect=20, pad=0.02)
     bar.set_label("share of tokens", size=8)
     bar.ax.tick_params(labelsize=8)
 

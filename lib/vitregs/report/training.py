@@ -14,7 +14,7 @@ from vitregs.measure import outliers
 from vitregs.models import registry
 from vitregs.models.pairs import register_pairs
 from vitregs.report.format import cell, per_cent, yes
-from vitregs.report.style import PALETTE, axes_grid, blank, norm_histogram, note
+from vitregs.report.style import PALETTE, axes_grid, blank, norm_histogram, note, share_bar
 
 
 def _four(names: Sequence[str]) -> dict[str, str]:
@@ -140,7 +140,7 @@ def plot_training(histories: Mapping[str, xr.Dataset], layer: int) -> Figure:
         used = np.flatnonzero(hist.sum(0))
         keep = slice(max(0, used.min() - 2), used.max() + 3)
         edges = np.append(centre[keep] / ratio**0.5, centre[keep][-1] * ratio**0.5)
-        norm_histogram(figure, column[0], even["step"].values, edges, (hist / hist.sum(1, keepdims=True))[:, keep])
+        mesh = norm_histogram(column[0], even["step"].values, edges, (hist / hist.sum(1, keepdims=True))[:, keep])
         column[0].set(title=f"{title}, layer {layer}")
         column[0].tick_params(axis="x", rotation=45)
         for (name, label), colour in zip(SCORES.items(), (PALETTE[0], PALETTE[2]), strict=True):
@@ -150,7 +150,9 @@ def plot_training(histories: Mapping[str, xr.Dataset], layer: int) -> Figure:
             log["step"], log["largest"].sel(layer=layer) / 10, color=PALETTE[1], label="largest / median ÷ 10"
         )
         column[1].set(xlabel="training step")
-        column[1].legend(framealpha=0.5, fontsize=7)
+    share_bar(figure, mesh, list(axes[0]))
+    named = max((axis.get_legend_handles_labels() for axis in axes[1]), key=lambda found: len(found[1]))
+    figure.legend(*named, loc="outside lower center", ncols=3)  # below all: inside it would cover the curves
     axes[1, 0].set_ylim(0, None)  # once all are drawn: the row shares its scale
     axes[0, 0].set_ylabel("L2 norm of patch tokens")
     return figure
