@@ -362,3 +362,11 @@ def test_a_broken_array_is_measured_anew(coco: Path, tmp_path: Path, capsys: pyt
     words = ["measure", PICO, "--coco", str(coco), "--out", str(tmp_path), "--device", "cpu", "--only", "norms"]
     assert cli.main(words) == 0, capsys.readouterr().err
     assert networks.read(PICO, "norms", folder=tmp_path).sizes["image"] == 6
+
+
+def test_a_file_damaged_inside_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_given: object, **_more: object) -> None:
+        raise RuntimeError("Unspecified error in H5DSget_num_scales (return value <0)")
+
+    monkeypatch.setattr(cache.xr, "open_dataset", damaged)
+    assert "cannot read results" in problem(cache.load_dataset, tmp_path / "norms.nc")

@@ -301,3 +301,8 @@ def test_the_sign_of_a_gated_neuron_does_not_matter() -> None:
     top = neurons.ranked(one, 9)
     assert neurons.selectivity(one, top) == pytest.approx(neurons.selectivity(two, top), abs=0.01)
     assert neurons.selectivity(one, top) >= 0.5
+
+
+def test_images_without_pixels_are_a_mistake() -> None:
+    with pytest.raises(InputError, match="0x96 is not a multiple of the patch size"):
+        capture.norms(planted.network("nothing", 1.0), torch.rand(2, 3, 0, 96))
