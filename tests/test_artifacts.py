@@ -183,7 +183,7 @@ def test_none_where_nothing_stands_out():
     found = fingerprint.mode(some_norms(), evidence())
     assert found.answer == "against"
     said = "no second mode at any layer; the largest norm is 1.8 x the median in a typical image"
-    assert found.sentence == f"{said}; 5 images can be too few to see a mild mode: look at 32 or more"
+    assert found.sentence == f"{said}; 5 images may hide a mild one: look at 32 or more"
     many = xr.concat([some_norms()] * 7, "image")
     assert fingerprint.mode(many, evidence()).sentence == said
 

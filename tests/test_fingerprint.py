@@ -192,6 +192,29 @@ def test_content_is_told_and_position_is_not() -> None:
     assert low < value < high < fingerprint.CONTENT
 
 
+def test_few_images_do_not_prove_that_there_is_no_mode() -> None:
+    bare = planted.network("nothing", 1.0)
+    few = diagnose(bare, planted.images(4), quick=True)
+    assert few.verdict == "inconclusive"
+    assert few.evidence.endswith("; 4 images may hide a mild one: look at 32 or more")
+    assert diagnose(bare, planted.images(8), quick=True).verdict == "none"
+
+
+def test_copies_of_images_are_not_known_by_heart() -> None:
+    """Marks that nothing in a patch tells, on images each of which is there twice."""
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(12, 64, 8)).astype(np.float32)
+    marked = draw.random((12, 64)) < 0.1
+    apart = fingerprint.content_precision(values, marked)
+    twice = fingerprint.content_precision(
+        values.repeat(2, 0) + draw.normal(size=(24, 64, 8)) * 1e-3, marked.repeat(2, 0)
+    )
+    assert apart[0] < 0.3
+    assert twice[0] < 0.3
+    assert fingerprint._groups(values).tolist() == list(range(12))
+    assert fingerprint._groups(np.zeros((3, 4, 2))).tolist() == [0, 0, 0]
+
+
 def test_the_answers_of_place() -> None:
     marked = marks(60)
     against = fingerprint.place(embeddings(marked, True), marked)

@@ -345,3 +345,28 @@ def test_a_fresh_measurement_equals_what_is_stored(network: str, shared_data: Pa
         fresh = asked.function(vit, few, **asked.keywords)
         stored = networks.read(network, name, weights=vit.weights).isel(image=slice(8))
         np.testing.assert_allclose(stored.values, fresh.values, rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+def test_what_cannot_be_asked_of_a_network_is_said(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["measure", OTHER, "--coco", str(coco), "--out", str(tmp_path), "--device", "cpu", "--only", "neurons"]
+    assert cli.main(words) == 2
+    assert f"neurons is measured on networks without registers: {OTHER} has 4" in capsys.readouterr().err
+
+
+def test_a_broken_array_is_measured_anew(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = networks.path(PICO, "norms", tmp_path)
+    broken.parent.mkdir()
+    broken.write_bytes(b"half a file")
+    words = ["measure", PICO, "--coco", str(coco), "--out", str(tmp_path), "--device", "cpu", "--only", "norms"]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    assert networks.read(PICO, "norms", folder=tmp_path).sizes["image"] == 6
+
+
+def test_a_file_damaged_inside_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_given: object, **_more: object) -> None:
+        raise RuntimeError("Unspecified error in H5DSget_num_scales (return value <0)")
+
+    monkeypatch.setattr(cache.xr, "open_dataset", damaged)
+    assert "cannot read results" in problem(cache.load_dataset, tmp_path / "norms.nc")

@@ -274,3 +274,35 @@ def test_memory_holds_sums_and_a_sample_only(monkeypatch: pytest.MonkeyPatch) ->
         norms = capture.norms(bare, x, layers=[-1]).values[..., bare.prefix :]
         neurons.search(bare, x, cutoff=float(np.median(norms)), batch=2)
     assert kept[4] == kept[10]
+
+
+def test_the_sign_of_a_gated_neuron_does_not_matter() -> None:
+    """The same function, written with the products of all neurons and their output weights reversed."""
+    bare, other = (
+        registry.random("vit_giant_patch14_dinov2", depth=2, embed_dim=96, num_heads=3, img_size=56) for _ in "12"
+    )
+    for block in other.net.blocks:
+        for part in (block.mlp.fc1.weight, block.mlp.fc1.bias):
+            part[len(part) // 2 :] *= -1  # what the gate multiplies
+        block.mlp.fc2.weight *= -1
+    x = pixels(bare, count=4)
+    cutoff = float(states(bare, x)[1][:, bare.prefix :].norm(dim=-1).quantile(0.9))
+    one, two = (neurons.search(b, x, cutoff=cutoff) for b in (bare, other))
+    np.testing.assert_allclose(one["share"], two["share"], atol=1e-5)
+    np.testing.assert_allclose(one["contrast"], -two["contrast"], rtol=1e-2, atol=1e-2)
+    limits = {"share": float(one["share"].quantile(0.8)), "contrast": float(abs(one["contrast"]).quantile(0.5))}
+    chosen = neurons.register_neurons(one, **limits)
+    assert sum(map(len, chosen.values())) > 10
+    same = neurons.register_neurons(two, **limits)
+    shared = sum(len({*chosen[b]} & {*same[b]}) for b in chosen)
+    assert shared > 0.95 * sum(
+        len({*chosen.get(b, [])} | {*same.get(b, [])}) for b in (1, 2)
+    )  # but for those at a limit
+    top = neurons.ranked(one, 9)
+    assert neurons.selectivity(one, top) == pytest.approx(neurons.selectivity(two, top), abs=0.01)
+    assert neurons.selectivity(one, top) >= 0.5
+
+
+def test_images_without_pixels_are_a_mistake() -> None:
+    with pytest.raises(InputError, match="0x96 is not a multiple of the patch size"):
+        capture.norms(planted.network("nothing", 1.0), torch.rand(2, 3, 0, 96))

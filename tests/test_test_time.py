@@ -34,6 +34,7 @@ FAMILIES = {  # name: side of the image it is made for
     "vit_small_patch16_rope_224": 64,  # rotary positions alone
     "vit_small_patch16_rope_mixed_224": 64,  # rotary positions of each block
 }
+GATED = ("vit_giant_patch14_dinov2", "eva02_tiny_patch14_224")
 MOVED = {1: [0, 5], 3: [2, 7, 40]}
 
 
@@ -150,7 +151,9 @@ def slow(bare: Backbone, x: Tensor, count: int, moved: dict[int, list[int]], log
             state = state + one * attend(block.attn, block.norm1(state), rope, end, extra)
             active = neurons(block.mlp, block.norm2(state))
             for j in moved.get(number, []):
-                largest = max(float(active[t, j]) for t in range(end, len(active)))
+                signed = hasattr(block.mlp, "fc1_g") or hasattr(block.mlp, "gate_last")
+                fired = [float(active[t, j]) for t in range(end, len(active))]
+                largest = max(fired, key=abs) if signed else max(fired)
                 for t in range(at, len(active)):
                     active[t, j] = largest if t < end else 0.0
             state = state + two * (active @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
@@ -210,6 +213,9 @@ def test_moved_neurons_are_zero_on_patches_and_the_largest_on_the_token(family: 
     moved, patch = ["1:3", "1:9"], before.sel(token="patch")
     assert not after.sel(token="patch", neuron=moved).values.any()
     largest = patch.sel(neuron=moved).max("token").values
+    if family.name in GATED:
+        least = patch.sel(neuron=moved).min("token").values
+        largest = np.where(-least > largest, least, largest)
     np.testing.assert_allclose(
         after.sel(token="register", neuron=moved).values, np.stack([largest] * 2, 1), rtol=1e-5, atol=1e-6
     )
@@ -604,3 +610,30 @@ def test_the_real_network(shared_data: Path) -> None:
         shares.append(float((patch > 1.6 * patch.median("token")).mean()))
     assert 0.025 < shares[0] < 0.055
     assert shares[2] < 0.2 * shares[0] < shares[1] < 0.85 * shares[0]
+
+
+@pytest.mark.parametrize("name", GATED[:1])
+def test_the_sign_of_a_gated_neuron_does_not_matter(name: str) -> None:
+    """The same function, written with a neuron's product and its output weights reversed."""
+    bare, other = make(name), make(name)
+    x = pixels(bare)
+    mlp = other.net.blocks[0].mlp  # type: ignore[index,union-attr]
+    for part in (mlp.fc1.weight, mlp.fc1.bias):
+        half = len(part) // 2
+        part[half:] *= -1  # what the gate multiplies
+    mlp.fc2.weight *= -1
+    assert torch.allclose(features(bare, x), features(other, x), atol=1e-9)
+    cured, same = (test_time.append(b, neurons={1: list(range(40))}) for b in (bare, other))
+    assert torch.allclose(features(cured, x), features(same, x), atol=1e-9)
+
+
+def test_a_list_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "list.json").write_text("{}")
+    assert test_time.list_of("supervised-pico", "+tt1:~/list.json") == tmp_path / "list.json"
+
+
+def test_more_tokens_than_memory_holds_are_refused() -> None:
+    bare = registry.load("supervised-pico", device="cpu")
+    assert "append 4096 at most" in problem(test_time.append, bare, 1_000_000)
+    assert test_time.append(bare, weight=1_000_000.0).registers == 1

@@ -220,7 +220,7 @@ def load_dataset(path: Path) -> xr.Dataset:
     try:
         with xr.open_dataset(path, engine="h5netcdf") as data:
             return data.load()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # HDF5 raises all of them, by where the damage is
         raise InputError(f"cannot read results {path}: {error}") from error
 
 

@@ -265,7 +265,8 @@ def measure_all(
         Name and file of each array, when it is there.
 
     Raises:
-        InputError: for unknown names, rows whose images are not given, and arrays of other weights in the network's folder.
+        InputError: for unknown names, rows whose images are not given or that this network cannot be asked, and arrays of
+            other weights in the network's folder.
     """
     places = {HERE: "", **places}
     sources = {name: open_set(name, backbone, place) for name, place in places.items() if name != HERE or not only}
@@ -274,8 +275,16 @@ def measure_all(
             sources[HERE] = open_set(HERE, backbone, "")
         elif entry(name).images not in sources:
             raise InputError(f"{name} is measured on {entry(name).images}: give its folder")
+    if backbone.registers and (bare := [name for name in only if entry(name).bare]):
+        raise InputError(
+            f"{bare[0]} is measured on networks without registers: {backbone.name} has {backbone.registers}"
+        )
     for file in sorted((folder / backbone.name).glob("*.nc")):
-        if (found := _key(cache.load_dataset(file)).get("weights")) != backbone.weights:
+        try:
+            found = _key(cache.load_dataset(file)).get("weights")
+        except InputError:  # a broken file is measured anew when its turn comes
+            continue
+        if found != backbone.weights:
             raise InputError(
                 f"{file} was measured with other weights ({str(found)[:12]}, these are {backbone.weights[:12]}): "
                 "delete it, or choose another folder"

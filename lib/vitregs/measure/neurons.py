@@ -3,7 +3,8 @@
 Every block adds to a token's state, so the shift of the mean state from ordinary to marked patches, at the layer where they are
 marked, is a sum over neurons: (mean activation on marked patches − mean on others) times what the neuron's output weights
 write along that shift. A neuron's share of the sum ranks it. A register neuron has a share worth naming and is selective:
-its activation on marked patches stands far outside that on others.
+its activation on marked patches stands far outside that on others, above it or, in a gated MLP, whose product has no sign of
+its own, below.
 """
 
 from collections.abc import Sequence
@@ -242,6 +243,13 @@ def ranked(found: xr.Dataset, count: int | None = None) -> list[tuple[int, int]]
     return [(int(found["block"].values[b]), int(j)) for b, j in zip(*at, strict=True)]
 
 
+def selectivity(found: xr.Dataset, neurons: Sequence[tuple[int, int]]) -> float:
+    """How well neurons tell marked patches from others: what `search` gives, (block, neuron) of each → median AUC, of the
+    reversed activation where a neuron fires the lower on marked patches; nan without any."""
+    each = [float(found["auc"].sel(block=b, neuron=j)) for b, j in neurons]
+    return float(np.median([max(a, 1 - a) for a in each])) if each else np.nan
+
+
 def by_block(neurons: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
     """Group neurons by their block: (block, neuron) of each → {block: neurons}."""
     found: dict[int, list[int]] = {}
@@ -258,12 +266,12 @@ def register_neurons(
     Args:
         found: What `search` gives.
         share: Least share of the shift.
-        contrast: Least contrast.
+        contrast: Least contrast, of either sign.
 
     Returns:
         Number of a block, from 1 → numbers of its neurons, from 0; empty if none is both.
     """
-    chosen = (found["share"] >= share) & (found["contrast"] >= contrast)
+    chosen = (found["share"] >= share) & (abs(found["contrast"]) >= contrast)
     blocks, numbers = np.nonzero(chosen.values)
     return by_block([(int(found["block"].values[b]), int(j)) for b, j in zip(blocks, numbers, strict=True)])
 

@@ -550,7 +550,7 @@ def opened(backbone: Backbone, images: Any) -> ImageSource | Tensor:
         InputError: As `images.open_images` does, and for pixels that are no shares of white.
     """
     _check_backbone(backbone)
-    if isinstance(images, Tensor) and len(images):
+    if isinstance(images, Tensor) and images.numel():
         low, high = float(images.min()), float(images.max())
         if not images.is_floating_point() or low < -OVERSHOT or high > 1 + OVERSHOT:
             raise InputError(

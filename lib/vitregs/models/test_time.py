@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
 from vitregs import paths
@@ -31,6 +32,7 @@ LISTS = paths.ROOT / "data" / "neurons"  # register neurons of published network
 Blocks = Mapping[int, Sequence[int]]  # number of a block, from 1 → numbers of its neurons, from 0
 NAME = re.compile(r"(?P<network>.+)\+(?P<how>tt|zero|random)(?P<count>\d+(?:\.\d+)?)(?::(?P<file>.+))?")
 SUPPRESSED = re.compile(r"(?P<network>.+)\+suppressed(?::(?P<file>.+))?")
+MOST = 4096  # appended tokens: their attention takes memory that grows with the square
 TOLERANCE = 0.05  # of the length of a neuron's output weights, by which a list knows its network
 
 
@@ -216,14 +218,24 @@ def _plain(neurons: Blocks) -> dict[int, list[int]]:
     return {int(b): sorted({int(j) for j in n}) for b, n in sorted(neurons.items()) if len(n)}
 
 
-def _mover(numbers: list[int], at: int, count: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _signed(mlp: Any) -> bool:
+    """Whether a neuron of an MLP may fire below zero as well as above: a product or a norm stands before its output."""
+    gated = isinstance(mlp, GluMlp | SwiGLU)
+    return gated or not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity)
+
+
+def _mover(numbers: list[int], at: int, count: int, signed: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     """Move neurons' activations from the patches to the appended tokens, in place: nothing else holds them yet."""
 
     def move(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
         x = given[0]
         for number in numbers:  # a column each, so that no copy is made
             patches = x[:, at + count :, number]
-            x[:, at : at + count, number] = patches.amax(1, keepdim=True)
+            most = patches.amax(1, keepdim=True)
+            if signed:
+                least = patches.amin(1, keepdim=True)
+                most = torch.where(-least > most, least, most)
+            x[:, at : at + count, number] = most
             patches.zero_()
 
     return move
@@ -255,7 +267,8 @@ def append(
     """Append tokens to a trained ViT and move the activations of neurons there.
 
     In every block named, the activation of each neuron becomes 0 on all patches and its largest value over the patches of the
-    image on the appended tokens; CLS keeps its own. Weights are shared with the network given, which is left as it is.
+    image on the appended tokens (in a gated MLP, whose neurons fire in either sign, the one furthest from 0); CLS keeps its own.
+    Weights are shared with the network given, which is left as it is.
 
     Args:
         backbone: A network without registers.
@@ -282,6 +295,11 @@ def append(
     moved = _plain(neurons or {})
     if not isinstance(count, int) or count < 1:
         raise InputError(f"1 or more tokens are appended, not {count!r}")
+    if count > MOST:
+        raise InputError(
+            f"{count} tokens would not fit into memory: append {MOST} at most; for zeros, one of weight {count} gives "
+            "the same patches (append(…, weight=…))"
+        )
     if not 0 < weight < math.inf:
         raise InputError(f"the weight of a token is a positive number, not {weight}")
     if weight != 1 and count != 1:
@@ -317,7 +335,8 @@ def append(
         for part in [m for m in net.blocks.modules() if hasattr(m, "fused_attn")]:  # timm's mark of an attention
             part.register_forward_pre_hook(_weigh(math.log(weight), backbone.prefix), with_kwargs=True)
     for block, numbers in moved.items():
-        net.blocks[block - 1].mlp.fc2.register_forward_pre_hook(_mover(numbers, backbone.prefix, count))
+        mlp = net.blocks[block - 1].mlp
+        mlp.fc2.register_forward_pre_hook(_mover(numbers, backbone.prefix, count, _signed(mlp)))
     amount = f"{weight:g}" if weight != 1 else str(count)
     ending = name or f"+{'tt' if moved else 'zero'}{amount}"
     settings = [count, weight, moved, None if start is None else [round(float(v), 6) for v in first.flatten()]]
@@ -448,9 +467,10 @@ def list_of(name: str, ending: str) -> Path:
     match = NAME.fullmatch(name + ending) or SUPPRESSED.fullmatch(name + ending)
     given = match["file"] if match else None
     if given:
-        if not Path(given).is_file():
+        path = Path(given).expanduser()
+        if not path.is_file():
             raise InputError(f"cannot read the neuron list {given}: there is no such file")
-        return Path(given)
+        return path
     folder = Path(name).expanduser()  # of a network trained here
     bare = folder.resolve().name if (folder / "recipe.json").is_file() else name.partition("@")[0].split(".")[0]
     path = LISTS / f"{bare}.json"

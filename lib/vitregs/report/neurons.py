@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from vitregs import arrays
-from vitregs.measure.neurons import LEAST_CONTRAST, ranked, register_neurons
+from vitregs.measure.neurons import LEAST_CONTRAST, ranked, register_neurons, selectivity
 from vitregs.report.style import MARKED, OTHERS, PALETTE, STYLE, axes_grid, plot_images
 
 
@@ -63,7 +63,7 @@ def overview(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
         chosen = register_neurons(data)
         half = float(data["half"])
         known = np.isfinite(half)
-        top = [float(data["auc"].sel(block=b, neuron=j)) for b, j in ranked(data, int(half) if known else 0)]
+        auc = selectivity(data, ranked(data, int(half))) if known else np.nan
         rows.append(
             {
                 "model": network,
@@ -72,7 +72,7 @@ def overview(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
                 else "none",
                 "of": int(np.isfinite(data.share).sum()),
                 "all write, %": round(100 * float(data.share.sum())),
-                "their AUC": f"{np.median(top):.2f}" if top else "none",
+                "their AUC": f"{auc:.2f}" if known else "none",
                 "register neurons": sum(map(len, chosen.values())),
                 "in blocks": ", ".join(map(str, chosen)) or "none",
             }
@@ -156,7 +156,7 @@ def plot_blocks(found: xr.Dataset, count: int = 40) -> Figure:
         bar.set_label("share of the shift, %", size=8)
         bar.ax.yaxis.set_label_position("left")  # on the right it would name the next panel
         axes[0, 1].barh(blocks, 100 * share.sum(1), color=PALETTE[7], label="all neurons")
-        own = np.where(contrast >= LEAST_CONTRAST, share, 0)
+        own = np.where(abs(contrast) >= LEAST_CONTRAST, share, 0)
         registers = [own[i, chosen.get(int(b), [])].sum() * 100 for i, b in enumerate(blocks)]
         axes[0, 1].barh(blocks, registers, color=MARKED, height=0.4, label="register neurons")
         axes[0, 1].set(xlabel="share of the shift, %")
