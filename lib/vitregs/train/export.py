@@ -1,4 +1,4 @@
-"""What a finished run leaves: weights in half precision and pieces of 16 MB at most, recipe, history, and a card made from them."""
+"""What a finished run leaves: weights in half precision and pieces of 16 MB, recipe, history, and a model card made from them."""
 
 import json
 import math
