@@ -53,7 +53,13 @@ def train(chosen: Recipe, out: Path, **more: object) -> Path | None:
 
 def same_weights(one: Path, two: Path) -> bool:
     a, b = (load_file(p / "weights.safetensors") for p in (one, two))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and torch.equal(moments(one), moments(two))
+
+
+def moments(out: Path) -> torch.Tensor:
+    """What the optimiser remembers at the end of a run, which is not rounded as the weights are."""
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    return torch.cat([v.flatten() for part in state.values() for v in part.values()])
 
 
 # --- every objective

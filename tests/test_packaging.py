@@ -329,6 +329,7 @@ def test_no_path_of_one_machine() -> None:
 
 def test_nothing_large_or_foreign_is_tracked() -> None:
     assert [(str(f), f.stat().st_size) for f in tracked() if f.stat().st_size > 20e6] == []
+    assert sum(f.stat().st_size for f in tracked()) < 70e6  # half of it is the zoo, in half precision
     foreign = (".pt", ".pth", ".pkl", ".pyc", ".parquet", ".ipynb_checkpoints")
     assert [str(f) for f in tracked() if f.suffix in foreign] == []
     assert [str(f) for f in tracked() if f.name.startswith(".") and f.suffix == ".part"] == []

@@ -67,6 +67,12 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "weights.safetensors")
 
 
+def moments(out: Path) -> torch.Tensor:
+    """What the optimiser remembers at the end of a run, which is not rounded as the weights are."""
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    return torch.cat([v.flatten() for part in state.values() for v in part.values()])
+
+
 def log(out: Path) -> xr.Dataset:
     """The history of a run, without the clock."""
     return cache.load_dataset(out / "history.nc").drop_vars(["seconds", "watching"]).drop_attrs()
@@ -76,6 +82,7 @@ def same(one: Path, two: Path) -> None:
     a, b = weights(one), weights(two)
     assert a.keys() == b.keys()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert torch.equal(moments(one), moments(two))
     xr.testing.assert_identical(log(one), log(two))
     clock = ("minutes", "provenance", "images_per_second", "utilisation")
     first, second = (json.loads((p / "recipe.json").read_text()) for p in (one, two))
@@ -226,7 +233,8 @@ def test_weight_decay_is_for_matrices() -> None:
     assert (decaying["weight_decay"], free["weight_decay"]) == (TINY.weight_decay, 0.0)
 
 
-def test_first_step_is_adamw_by_hand(tmp_path: Path) -> None:
+def test_first_step_is_adamw_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "halve", lambda _net: None)
     chosen = TINY.override(steps=1, weight_decay=0.5, registers=2, clip=0.05)
     learner = learners.learner(chosen, data.make(chosen, CPU))
     net = learner.vit
@@ -650,6 +658,64 @@ def test_a_published_run_loads_as_a_model(tmp_path: Path, monkeypatch: pytest.Mo
         assert torch.equal(loaded.logits(pixels), net((pixels - 0.42) / 0.25))
 
 
+def test_what_is_kept_is_what_was_scored(tmp_path: Path) -> None:
+    """The weights lie in half precision, and last look, card and checkpoint are of those very numbers."""
+    out = train(TINY, tmp_path / "run")
+    kept = weights(out)
+    assert {v.dtype for v in kept.values()} == {torch.float16}
+    card = json.loads((out / "recipe.json").read_text())
+    assert card["precision"] == "half"
+    assert "| weights, precision | half |" in (out / "README.md").read_text()
+    loaded = registry.load(str(out), device="cpu")
+    assert {v.dtype for v in loaded.net.state_dict().values()} == {torch.float32}
+    feed = data.make(TINY, CPU)
+    held = feed.held(FEW["SCORED"] + FEW["BANK"])
+    scored, bank = held.split(0.5)
+    assert card["knn"] == evaluation.knn(loaded, bank, scored)
+    assert card["linear"] == evaluation.final(loaded, feed)[0]
+    named = loaded.logits(scored.pixels).argmax(1)
+    assert card["accuracy"] == evaluation.right(scored, named)
+    last = log(out).isel(step=-1)
+    found = monitor.dataset([{**monitor.measure(loaded, scored.pixels[:WATCHED]), **dict.fromkeys(PLAIN, 0.0)}])
+    for name in ("hist", "median", "top1", "kurtosis", "sink"):
+        np.testing.assert_array_equal(last[name], found[name][0])
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["learner"]
+    assert all(torch.equal(state[f"vit.{k}"], v.float()) for k, v in kept.items())
+
+
+PLAIN = ("step", "loss", "accuracy", "knn", "seconds", "watching")
+
+
+@given(st.floats(-65504, 65504, width=32), st.floats(2.0**17, 2.0**99, width=32))
+def test_rounding_to_half_precision(near: float, far: float) -> None:
+    """To the nearest number of half precision, but for a tensor with one too large for it."""
+    net = torch.nn.ParameterDict({"near": torch.tensor([near, 1.0]), "far": torch.tensor([far, 0.1])})
+    net.register_buffer("count", torch.tensor(70_001))
+    export.halve(net)
+    assert net["near"].tolist() == [float(np.float16(near)), 1.0]
+    assert net["far"].tolist() == [far, float(np.float32(0.1))]
+    assert net.count == 70_001
+    once = {k: v.clone() for k, v in net.state_dict().items()}
+    export.halve(net)
+    assert all(torch.equal(v, once[k]) for k, v in net.state_dict().items())
+
+
+def test_only_what_half_precision_holds_is_kept_in_it(tmp_path: Path) -> None:
+    out = train(TINY, tmp_path / "run")
+    net = vit.build(TINY, 64)
+    export.halve(net)
+    with torch.no_grad():
+        net.norm.weight[0] = 1e6
+        net.norm.bias[0] = 0.1
+    records = torch.load(out / "checkpoint.pt", weights_only=True)["records"]
+    export.export(TINY, net, records, tmp_path / "other", {}, {"linear": {}, "linear_untrained": {}})
+    kept = weights(tmp_path / "other")
+    assert {k for k, v in kept.items() if v.dtype == torch.float32} == {"norm.weight", "norm.bias"}
+    assert json.loads((tmp_path / "other" / "recipe.json").read_text())["precision"] == "half and single"
+    loaded = registry.load(str(tmp_path / "other"), device="cpu").net.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in net.state_dict().items())
+
+
 def test_score_counts_any_class_in_view() -> None:
     seen = scenes.render(70, 32, seed=5)
     chosen = TINY.override(size="femto")
@@ -685,6 +751,7 @@ def test_a_zoo_entry_is_what_its_card_says(name: str) -> None:
     assert max(p.stat().st_size for p in export.files(folder)) <= 16e6
     card = json.loads((folder / "recipe.json").read_text())
     assert card["weights"] == cache.file_hash(*export.files(folder))
+    assert card["precision"] == export.precision({k: v for p in export.files(folder) for k, v in load_file(p).items()})
     facts = json.loads(json.dumps(recipe(name).facts()))
     assert card["recipe"] == {k: facts[k] for k in card["recipe"]}  # settings that came later have their old meaning
     assert (folder / "README.md").read_text() == export.describe(card, cache.load_dataset(folder / "history.nc"))
@@ -696,7 +763,7 @@ def test_a_zoo_entry_is_what_its_card_says(name: str) -> None:
         )
         best = torch.cat([backbone.logits(part) for part in held.pixels.split(64)]).argmax(1)
         accuracy = float(held.labels[torch.arange(512), best].float().mean())
-        assert accuracy == pytest.approx(card["accuracy"], abs=0.02)
+        assert accuracy == pytest.approx(card["accuracy"], abs=0.005)
 
 
 @pytest.mark.parametrize("name", registry.zoo())
@@ -719,4 +786,4 @@ def test_a_zoo_entry_has_its_history(name: str) -> None:
 
 def test_the_zoo_is_small() -> None:
     assert len(registry.zoo()) >= 2
-    assert sum(p.stat().st_size for p in registry.ZOO.rglob("*") if p.is_file()) < 150e6
+    assert sum(p.stat().st_size for p in registry.ZOO.rglob("*") if p.is_file()) < 40e6

@@ -1,4 +1,4 @@
-"""What a finished run leaves: weights in pieces of at most 16 MB, recipe, history, and a model card made from them."""
+"""What a finished run leaves: weights in half precision and pieces of 16 MB, recipe, history, and a model card made from them."""
 
 import json
 import math
@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import xarray as xr
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitregs import cache
 from vitregs.train import monitor, recipes
@@ -32,9 +33,10 @@ def export(
     """Write a zoo entry: recipe, network, records of the run, folder, provenance, further facts, the text side of a CLIP model
     for zero-shot classification → the folder.
 
-    Raises InputError for a disk that cannot be written.
+    Weights that half precision holds exactly, as `halve` leaves them, are written in half precision: the file has the very
+    network that was scored. Raises InputError for a disk that cannot be written.
     """
-    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    state = {k: _smallest(v.detach().cpu().contiguous()) for k, v in net.state_dict().items()}
     _weights(state, out)
     if words:
         text = {k: v.detach().cpu().contiguous() for k, v in words.items()}
@@ -49,6 +51,7 @@ def export(
         "mean": net.pixel_mean,
         "std": net.pixel_std,
         "weights": cache.file_hash(*files(out)),
+        "precision": precision(state),
         "accuracy": _known(records[-1]["accuracy"]),
         "knn": _known(records[-1]["knn"]),
         "knn_untrained": _known(records[0]["knn"]),
@@ -60,6 +63,26 @@ def export(
     for name, page in (("recipe.json", facts_text), ("README.md", describe(json.loads(facts_text), log))):
         cache.write_whole(out / name, partial(_text, page))
     return out
+
+
+@torch.no_grad()
+def halve(net: nn.Module) -> None:
+    """Round a network in place to numbers that half precision holds, but for tensors of which some are too large for it."""
+    for value in net.state_dict().values():
+        near = value.half()
+        if value.is_floating_point() and near.isfinite().all():
+            value.copy_(near)
+
+
+def _smallest(value: Tensor) -> Tensor:
+    """A tensor in half precision if that loses nothing, else as it is."""
+    return near if value.is_floating_point() and (near := value.half()).to(value.dtype).equal(value) else value
+
+
+def precision(state: Mapping[str, Tensor]) -> str:
+    """How the weights of a zoo entry are stored: tensors as they are written → "half", "single", or "half and single"."""
+    kinds = {"half" if v.dtype == torch.float16 else "single" for v in state.values() if v.is_floating_point()}
+    return " and ".join(sorted(kinds))
 
 
 def files(folder: Path) -> list[Path]:
@@ -109,6 +132,7 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
         "top-1 % / median norm": f"{best['top1']:.2f} (layer {best['layer']:.0f}), separation {_number(best['separation'])}",
         "outliers by the emergence rule": "emerged" if monitor.emerged(log) else "not emerged",
         "weights, SHA-256": card["weights"],
+        "weights, precision": card["precision"] + _rounded(card),
         "code, commit, date": ", ".join(str(card["provenance"].get(k, "")) for k in ("code", "commit", "date")),
     }
     table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
@@ -122,6 +146,11 @@ def describe(card: dict[str, Any], log: xr.Dataset) -> str:
         f'Load it with `vitregs.load` and the path of this folder; `vitregs.load("{recipe["name"]}")` does if it is in the '
         f"zoo. Train it again with {how}.{missing}{unsure}\n\n{settings}\n"
     )
+
+
+def _rounded(card: Mapping[str, Any]) -> str:
+    """When weights were rounded that were trained before runs ended with it."""
+    return f"; rounded on {card['rounded']}, the trained scores are of the rounded weights" if "rounded" in card else ""
 
 
 def _images(card: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 Every step is a function of the recipe and the step number alone (images, learning rate, random state), so that a run
 that was killed ends in the same weights, bit for bit, on the same CPU. Several processes are started by `torchrun`.
+Behind the last step the network is rounded to half precision, in which it is kept, and then scored.
 """
 
 import dataclasses
@@ -125,6 +126,10 @@ def train(
                 mean = _sum(total) / seen / world if seen else math.nan  # nothing is learned from before step 0
                 _finite(mean if seen else 0.0, recipe, step)
                 bar.pause()
+                if step == recipe.steps:
+                    export.halve(
+                        learner
+                    )  # before the last look: it and all final scores are of the weights that are kept
                 if watch:
                     looked = watch(step, mean)
                     records.append({**looked, "seconds": time.monotonic() - clock})
