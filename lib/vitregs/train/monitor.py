@@ -19,6 +19,10 @@ EDGES = np.logspace(-1, 4, 201)  # of the norm histograms
 KINDS = ("cls", "register", "patch")
 BY_LAYER = ("median", "largest", "top1", "kurtosis", "above", "share", "separation", "ratio")
 LARGE = 1.6  # times the median norm of an image: what lies above is counted without any rule
+BACK, AWAY = (
+    0.5,
+    0.25,
+)  # of the untouched network's share of outliers, from which they are back, and below which they are gone
 JUDGED = {  # numbers kept of the fingerprint → part, attribute
     "strength": ("mode", "value"),
     "place": ("place", "value"),
@@ -152,6 +156,26 @@ def strongest(log: xr.Dataset, step: int = -1) -> pd.Series:
     return outliers.strongest_layer(
         pd.DataFrame({"layer": at["layer"].values, **{k: at[k].values if k in at else missing for k in names}})
     )
+
+
+def outliers_present(log: xr.Dataset, before: float) -> bool | None:
+    """Whether outliers are present at the end of a run that started from a network which had them.
+
+    They are when the share of patches above LARGE in the last layer is BACK times that of the untouched network or more, and the
+    fingerprint finds a mode; they are not when the share is below AWAY times that. (data/results/LOG.md, 2026-11-28)
+
+    Args:
+        log: History of the run.
+        before: Share in the untouched network.
+
+    Returns:
+        None in between.
+    """
+    end = log.isel(step=-1)
+    share = float(end["above"].isel(layer=-1))
+    if share < AWAY * before:
+        return False
+    return True if share >= BACK * before and bool(np.isfinite(end["marked"])) else None
 
 
 def emerged(log: xr.Dataset, step: int = -1) -> bool:
