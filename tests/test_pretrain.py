@@ -26,7 +26,7 @@ from vitregs import cache
 from vitregs.data import images, scenes
 from vitregs.errors import InputError
 from vitregs.models import registry
-from vitregs.train import data, evaluation, export, learners, loop, monitor, schedules, vit
+from vitregs.train import data, evaluation, export, learners, loop, monitor, precision, schedules, vit
 from vitregs.train.config import OBJECTIVES, Mae, Recipe, parse
 from vitregs.train.recipes import RECIPES, WANTED, command, recipe
 
@@ -787,3 +787,32 @@ def test_a_zoo_entry_has_its_history(name: str) -> None:
 def test_the_zoo_is_small() -> None:
     assert len(registry.zoo()) >= 2
     assert sum(p.stat().st_size for p in registry.ZOO.rglob("*") if p.is_file()) < 40e6
+
+
+def test_attention_is_computed_in_single_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = TINY.override(precision="bf16")
+    feed = data.make(chosen, CPU)
+    learner, heard = learners.learner(chosen, feed), []
+    attention = F.scaled_dot_product_attention
+
+    def gradients(precise: str) -> torch.Tensor:
+        with precision.computed(CPU, precise):
+            loss = learner(feed.take(0))
+        loss.backward()
+        found = torch.cat([p.grad.flatten() for p in learner.parameters() if p.grad is not None])
+        learner.zero_grad(set_to_none=True)
+        return found
+
+    single = gradients("fp32")
+
+    class Listen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is attention:
+                heard.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Listen():
+        half = gradients("bf16")
+    assert heard
+    assert set(heard) == {torch.float32}
+    assert 1e-6 < float((half - single).norm() / single.norm()) < 0.05  # matrices are in half precision

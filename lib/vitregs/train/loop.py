@@ -29,7 +29,7 @@ from vitregs.data.preparation import Preparation
 from vitregs.errors import InputError, Interrupted
 from vitregs.models import registry
 from vitregs.models.backbone import Backbone
-from vitregs.train import data, evaluation, export, learners, monitor, schedules, start, throughput
+from vitregs.train import data, evaluation, export, learners, monitor, precision, schedules, start, throughput
 from vitregs.train.config import Recipe
 
 # Held-out images: whose norms are watched; that a head is scored on at the end, and on the way; that k-NN knows
@@ -93,10 +93,9 @@ def train(
     optimizer = schedules.optimiser(learner, recipe)
     file, stamp = out / "checkpoint.pt", _stamp(recipe, feed, world, begin)
     first, records, spent, before, seen = _resume(stamp, file, learner, optimizer) if resume else (0, [], 0.0, 0.0, 0)
-    low = torch.autocast(target.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     def loss_of(module: nn.Module, batch: data.Batch) -> torch.Tensor:
-        with low:
+        with precision.computed(target, recipe.precision):
             return module(batch)
 
     few = feed.held(4)
