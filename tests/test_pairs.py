@@ -54,4 +54,5 @@ def test_other_settings_or_other_images_part_a_pair(tmp_path: Path, monkeypatch:
     entry("same", 2, "aa", momentum=0.9)  # a setting that came later, which the first run did not write down
     entry("faster", 2, "aa", lr=0.2)
     entry("elsewhere", 2, "bb")  # another folder of that name
-    assert register_pairs(["one", "same", "faster", "elsewhere"]) == [("one", "same")]
+    entry("gated", 2, "aa", attention="gated")  # recipes with plain attention do not write it down
+    assert register_pairs(["one", "same", "faster", "elsewhere", "gated"]) == [("one", "same")]

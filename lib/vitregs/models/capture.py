@@ -150,7 +150,10 @@ def hooks(net: nn.Module) -> int:
 # --- reductions of attention
 def rows(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, which: Sequence[int] | Tensor) -> Tensor:
     """Attention rows of some queries: q, k (n, heads, tokens, d), a mask to add or boolean, the same queries in all images
-    or those of each (n, rows) → (n, heads, rows, tokens)."""
+    or those of each (n, rows) → (n, heads, rows, tokens).
+
+    Keys behind those of the tokens (`models.attention`) take their part of the softmax, and no column.
+    """
 
     def pick(x: Tensor) -> Tensor:
         if not isinstance(which, Tensor):
@@ -161,14 +164,14 @@ def rows(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, which: Sequenc
     if mask is not None:
         part = pick(mask.expand(*q.shape[:-1], k.shape[-2]))
         logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
-    return logits.float().softmax(-1)
+    return logits.float().softmax(-1)[..., : q.shape[-2]]
 
 
 def received_exactly(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention that each token receives of all queries, in fair shares, largest over heads: q, k (n, heads, tokens, d) →
     (n, tokens)."""
     n = q.shape[-2]
-    total = torch.zeros(*k.shape[:-1], device=k.device)
+    total = torch.zeros(*q.shape[:-1], device=k.device)
     for start in range(0, n, 256):  # blocks of queries bound the memory
         total += rows(q, k, mask, scale, range(start, min(start + 256, n))).sum(2)
     return total.amax(1)  # the mean over n queries times n tokens
@@ -184,7 +187,7 @@ def received_estimated(
     the patch), the other measures it, then the other way round. Either measures without bias what the other chose; this
     lies below the true largest where the choice was wrong, never above it on average.
     """
-    halves = [rows(q, k, mask, scale, half) * k.shape[-2] for half in which.chunk(2, 1)]
+    halves = [rows(q, k, mask, scale, half) * q.shape[-2] for half in which.chunk(2, 1)]
     mean = torch.stack([half.mean(2) for half in halves], 1)  # (n, 2, heads, tokens)
     share = 1 - which.shape[1] / q.shape[-2]  # drawn without putting back
     # of the mean; from squares, since torch's own variance takes several times as long here
@@ -354,7 +357,7 @@ class _Pass:
             if layer in sites["attention"]:
                 self.found["attention", layer] = rows(q, k, mask, scale, self.which)[..., self.keep]
             if layer in sites["qkv"]:
-                whole = dict(zip(PROJECTIONS, (q, k, v), strict=True))
+                whole = {p: x[:, :, : q.shape[2]] for p, x in zip(PROJECTIONS, (q, k, v), strict=True)}
                 picked = [whole[p].transpose(1, 2).flatten(2)[:, self.keep] for p in plan.projections]
                 self.found["qkv", layer] = torch.stack(picked, 1)
             if layer in sites["received"]:
@@ -687,7 +690,8 @@ def capture(
         norms: True for L2 norms of the token states at all layers, or the layers (section 2.1, Fig 3, 4a, 7, 15).
         tokens: Layers at which the token states themselves are kept.
         attention: Kinds of tokens, or patches by their number row after row, whose attention to all tokens is kept: rows
-            of probabilities that sum to 1 over all tokens (Fig 1, 2, 9, 16, 18, 19).
+            of probabilities that sum to 1 over all tokens (Fig 1, 2, 9, 16, 18, 19); with an extra logit
+            (`models.attention`) to less, by what it takes.
         attention_layers: Layers of `attention`, the last by default.
         qkv: Names among "query", "key" and "value": what enters the product of attention, after any norm or rotation
             that the model applies, heads side by side (Fig 13, 14).

@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.models import get_pretrained_cfg
 
-from vitregs.models import registry, test_time
+from vitregs.models import attention, registry, test_time
 
 REGISTERS = re.compile(r"_reg(\d+)")  # in the name of a published architecture or of its weights
 
@@ -53,7 +53,8 @@ def _facts(name: str) -> tuple[int, dict[str, Any]]:
         return registers + test_time.appended(ending), {**facts, "suppressed": "suppressed" in ending}
     if name in registry.zoo():
         card = registry.card(name)
-        rest = {k: v for k, v in card["recipe"].items() if k not in ("name", "registers")}
+        recipe = {"attention": attention.PLAIN, **card["recipe"]}  # which no card tells
+        rest = {k: v for k, v in recipe.items() if k not in ("name", "registers")}
         facts = {**rest, "fingerprint": card.get("images", {}).get("fingerprint"), "suppressed": False}
         return int(card["recipe"]["registers"]), facts
     known = get_pretrained_cfg(name)

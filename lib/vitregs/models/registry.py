@@ -23,7 +23,7 @@ from vitregs.cache import file_hash, load_dataset
 from vitregs.data.preparation import Preparation
 from vitregs.errors import InputError, unknown
 from vitregs.hub import hub
-from vitregs.models import test_time
+from vitregs.models import attention, test_time
 from vitregs.models.backbone import FACTS, Backbone, Facts
 from vitregs.models.weights import Convert, files, fill, patch_size, position_grid, read
 
@@ -397,13 +397,15 @@ def build(facts: Mapping[str, Any], **more: Any) -> Any:
 
     Args:
         facts: What a card says of its ViT: arguments of timm's VisionTransformer, or `architecture` (a name that timm knows)
-            and what of it is changed.
+            and what of it is changed; `attention` is a name of `attention.KINDS`, if it is not timm's plain one.
         more: Further arguments, which no card keeps.
 
     Returns:
         timm's ViT.
     """
-    changes = {k: v for k, v in facts.items() if k != "architecture"}
+    changes = {k: v for k, v in facts.items() if k not in ("architecture", "attention")}
+    if kind := facts.get("attention"):
+        changes["attn_layer"] = attention.KINDS[kind]
     if name := facts.get("architecture"):
         return timm.create_model(name, pretrained=False, **changes, **more)
     return timm.models.VisionTransformer(**changes, **more)

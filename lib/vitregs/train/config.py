@@ -14,6 +14,7 @@ from typing import Any, ClassVar, get_args, get_type_hints
 
 from vitregs.data.scenes import Difficulty
 from vitregs.errors import InputError, unknown
+from vitregs.models.attention import KINDS, PLAIN
 
 SIZES = {  # width, depth, heads
     "femto": (32, 8, 1),
@@ -206,6 +207,7 @@ class Recipe:
     register_init: float = 0.02
     layer_scale: float | None = None  # DeiT-III: 1e-4; None leaves it out
     patch_norm: bool = False  # LayerNorm before the first block, as OpenCLIP has
+    attention: str = PLAIN  # timm's, or with a remedy built in: "gated", "off-by-one", "bias" (models/attention)
     pool: str = "token"  # what a classifier reads: "token" (CLS) or "avg" (mean patch, no CLS)
     drop_path: float = 0.0
     data: str = "scenes"  # or the name of a data set; `images` of `train` says where it lies
@@ -231,6 +233,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise unknown("model size", self.size, SIZES)
+        if self.attention not in (PLAIN, *KINDS):
+            raise unknown("attention", self.attention, (PLAIN, *KINDS))
         _positive(self, "image_size", "patch_size", "steps", "batch", "lr", "warmup", "clip")
         for name in ("registers", "register_init", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -250,7 +254,7 @@ class Recipe:
         if self.pool == "avg" and not isinstance(self.objective, Supervised):
             raise InputError(f"{self.objective.name} reads the CLS token: pool must be token")
         if self.init:
-            for name, of_network in (("layer_scale", None), ("patch_norm", False), ("pool", "token")):
+            for name, of_network in (("layer_scale", None), ("pool", "token")):
                 if getattr(self, name) != of_network:
                     raise InputError(f"{name} is that of {self.init}: leave it out")
         elif self.zeroed != "none" or self.fresh_from:
@@ -272,7 +276,7 @@ class Recipe:
         return bool(self.init) or SIZES[self.size][0] >= SIZES["tiny"][0]
 
     def vit(self) -> dict[str, Any]:
-        """Arguments for timm's VisionTransformer with random weights, head left out."""
+        """Arguments for `registry.build`, head left out."""
         width, depth, heads = SIZES[self.size]
         return {
             "img_size": self.image_size,
@@ -286,20 +290,25 @@ class Recipe:
             "pre_norm": self.patch_norm,
             "class_token": self.pool == "token",
             "global_pool": self.pool,
+            **self._attention(),
         }
+
+    def _attention(self) -> dict[str, str]:
+        """The setting where it is not the default, which the first cards do not tell."""
+        return {} if self.attention == PLAIN else {"attention": self.attention}
 
     def facts(self) -> dict[str, Any]:
         """What decides the weights, as flat plain values for JSON (not the prose).
 
         Of files and folders the last part of their names is told; checkpoints and cards know them by content.
         """
-        left_out = ("about", "objective", *(() if self.init else START))
+        left_out = ("about", "objective", "attention", *(() if self.init else START))
         own = {k: v for k, v in asdict(self).items() if k not in left_out}
         if self.init:
             own |= {"init": re.sub(r"@.*[/\\]", "@", self.init), "zeroed": Path(self.zeroed).name}
         if Path(self.data).expanduser().exists():
             own["data"] = Path(self.data).resolve().name
-        return {"objective": self.objective.name, **own, **asdict(self.objective)}
+        return {"objective": self.objective.name, **own, **self._attention(), **asdict(self.objective)}
 
     def override(self, **changes: Any) -> "Recipe":
         """Change settings by name, the objective's too: → new Recipe. Raises InputError for names that do not exist."""

@@ -132,6 +132,23 @@ _ALL = [
         **SHORT,
         zeroed="register",
     ),
+    # Remedies in the architecture, from the same start; registers are `regrow-kept-reg4`, the control is `regrow-kept`.
+    *(
+        Recipe(
+            f"remedy-{name}",
+            f"DeiT-Tiny with {what}, distilled from itself; 10 minutes on one CPU core",
+            Distil(),
+            **DEIT,
+            **SHORT,
+            **changes,
+        )
+        for name, what, changes in (
+            ("gated", "a sigmoid gate on the output of attention", {"attention": "gated"}),
+            ("off-by-one", "an extra zero logit in every softmax", {"attention": "off-by-one"}),
+            ("bias", "a learnable key and value in every head", {"attention": "bias"}),
+            ("patch-norm", "LayerNorm before the first block", {"patch_norm": True}),
+        )
+    ),
     Recipe(
         "cure",
         "DeiT-Tiny learns the tokens of DeiT-Tiny with its test-time register; with registers; 6 minutes on one CPU core",
@@ -205,6 +222,9 @@ def command(chosen: Recipe) -> str | None:
         except InputError:
             continue
         known, wanted = base.facts(), chosen.facts()
+        wanted |= {
+            k: getattr(chosen, k) for k in known if k not in wanted and hasattr(chosen, k)
+        }  # back at its default
         changed = [k for k in wanted if k not in ("name", "data") and known.get(k) != wanted[k]]
         changed.sort(key=lambda k: chosen.name.find(suffix(k, wanted[k])))  # their order is part of the name
         settings = [f"{k}={_word(wanted[k])}" for k in changed]

@@ -8,10 +8,10 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitregs.errors import InputError
-from vitregs.models import registry, test_time
+from vitregs.models import attention, registry, test_time
 from vitregs.models.backbone import Backbone
 from vitregs.train.config import SIZES, Recipe
 
@@ -36,13 +36,18 @@ class Start:
         known = self.backbone.card.get("vit")
         name = test_time.split(self.backbone.name)[0].partition("@")[0].split(".")[0]
         shape |= {"reg_tokens": recipe.registers}
+        if recipe.attention != attention.PLAIN:
+            shape |= {"attention": recipe.attention}
+        if recipe.patch_norm:
+            shape |= {"pre_norm": True}
         return {**known, **shape} if known else {"architecture": name, **shape}
 
     def network(self, recipe: Recipe, classes: int) -> Any:
         """Make the network as it is before the first step.
 
         Its head is kept where it has as many classes, else it starts from random weights. New registers get no position;
-        they start as random tokens of standard deviation `register_init`.
+        they start as random tokens of standard deviation `register_init`. What another attention adds starts as
+        `models.attention` says, a LayerNorm before the first block without effect of its own.
 
         Args:
             recipe: What is trained.
@@ -56,6 +61,11 @@ class Start:
         if classes != self.backbone.net.num_classes:
             state = {k: v for k, v in state.items() if not k.startswith("head.")}
         state = {k: v for k, v in state.items() if not _within(k, recipe.fresh_from)}
+        new_kind = recipe.attention != _attention(self.backbone)
+        if new_kind:
+            state = attention.fitted(state, recipe.attention)
+        if recipe.patch_norm:
+            state = _without_bias(state, net.patch_embed.num_patches)
         if new := recipe.registers - self.backbone.registers:
             at, width = self.backbone.prefix, self.backbone.width
             draw = torch.Generator().manual_seed(recipe.seed)
@@ -64,7 +74,13 @@ class Start:
             if net.pos_embed.shape[1] != table.shape[1]:  # CLS has a position, so that registers have one as well: none
                 state["pos_embed"] = torch.cat([table[:, :at], table.new_zeros(1, new, width), table[:, at:]], 1)
         missing, odd = net.load_state_dict(state, strict=False)
-        strange = [k for k in missing if not _within(k, recipe.fresh_from) and not k.startswith("head.")]
+        added = attention.KINDS[recipe.attention].added if new_kind else ()
+        expected = ("head.", *(("norm_pre.",) if recipe.patch_norm else ()))
+        strange = [
+            k
+            for k in missing
+            if not _within(k, recipe.fresh_from) and not k.startswith(expected) and not k.endswith(added)
+        ]
         if odd or strange:
             raise InputError(
                 f"{self.backbone.name} cannot be trained on: its weights do not fit ({[*odd, *strange][0]})"
@@ -83,6 +99,18 @@ def _within(key: str, first: int) -> bool:
     """Whether a parameter belongs to a block from `first` on: its name, number of the block (0: none)."""
     parts = key.split(".")
     return bool(first) and parts[0] == "blocks" and int(parts[1]) + 1 >= first
+
+
+def _attention(backbone: Backbone) -> str:
+    """Which attention a network has: a name of `attention.KINDS`, or PLAIN."""
+    return str(backbone.card.get("vit", {}).get("attention", attention.PLAIN))
+
+
+def _without_bias(state: dict[str, Tensor], patches: int) -> dict[str, Tensor]:
+    """Weights for a patch embedding without bias, as timm makes it before a LayerNorm: the positions of patches take it."""
+    bias, table = state.pop("patch_embed.proj.bias"), state["pos_embed"].clone()
+    table[:, -patches:] += bias
+    return {**state, "pos_embed": table}
 
 
 def load(recipe: Recipe, weights: str | Path | None = None) -> Start | None:
@@ -117,6 +145,7 @@ def load(recipe: Recipe, weights: str | Path | None = None) -> Start | None:
         raise InputError(
             f"{backbone.name} has {backbone.registers} registers: give registers={backbone.registers}, not {recipe.registers}"
         )
+    _check_architecture(backbone, recipe)
     neurons = _neurons(backbone, recipe)
     backbone.fit((recipe.image_size, recipe.image_size))
     digest = sha256(json.dumps(neurons, sort_keys=True).encode()).hexdigest()[:8]
@@ -135,6 +164,16 @@ def _check_shape(backbone: Backbone, recipe: Recipe) -> None:
     if size is None:
         raise InputError(f"{backbone.name} has {words}: no size of a recipe is like that")
     raise InputError(f"{backbone.name} has {words}: give size={size} patch_size={patch}")
+
+
+def _check_architecture(backbone: Backbone, recipe: Recipe) -> None:
+    """Raise InputError unless a network can get the attention and the LayerNorm that a recipe says."""
+    net: Any = backbone.net
+    has = _attention(backbone)
+    if has != attention.PLAIN and recipe.attention != has:
+        raise InputError(f"{backbone.name} has attention={has}: give attention={has}, not {recipe.attention}")
+    if recipe.patch_norm and not isinstance(net.norm_pre, nn.Identity):
+        raise InputError(f"{backbone.name} has a LayerNorm before its first block: leave patch_norm out")
 
 
 def _neurons(backbone: Backbone, recipe: Recipe) -> dict[int, list[int]]:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
+from vitregs.models import registry
+from vitregs.models.attention import PLAIN
 from vitregs.train.config import Recipe
 from vitregs.train.start import Start
 
@@ -17,8 +18,8 @@ MEAN, STD = (0.42, 0.42, 0.42), (0.25, 0.25, 0.25)
 def build(recipe: Recipe, classes: int = 0, start: Start | None = None) -> nn.Module:
     """Make the network as it is before the first step.
 
-    Networks that differ in their registers alone start from the same weights elsewhere. It carries `pixel_mean` and
-    `pixel_std`, by which `normalise` feeds it, and `facts`, by which `registry.build` makes it again.
+    Networks that differ in their registers or their attention alone start from the same weights elsewhere. It carries
+    `pixel_mean` and `pixel_std`, by which `normalise` feeds it, and `facts`, by which `registry.build` makes it again.
 
     Args:
         recipe: What is trained.
@@ -38,12 +39,14 @@ def build(recipe: Recipe, classes: int = 0, start: Start | None = None) -> nn.Mo
 def _fresh(recipe: Recipe, classes: int) -> Any:
     """timm's ViT of a recipe with random weights."""
     more: Any = {"num_classes": classes, "drop_path_rate": recipe.drop_path}
-    plain: Any = timm.models.VisionTransformer(**{**recipe.vit(), "reg_tokens": 0}, **more)
-    if not recipe.registers:
+    plain = registry.build(recipe.override(registers=0, attention=PLAIN).vit(), **more)
+    if not recipe.registers and recipe.attention == PLAIN:
         return plain
     with torch.random.fork_rng(devices=[]):  # timm draws registers first, which would change all that follows
-        net: Any = timm.models.VisionTransformer(**recipe.vit(), **more)
+        net = registry.build(recipe.vit(), **more)
     net.load_state_dict(plain.state_dict(), strict=False)
+    if not recipe.registers:
+        return net
     draw = torch.Generator().manual_seed(recipe.seed)
     with torch.no_grad():
         net.reg_token.copy_(torch.randn(net.reg_token.shape, generator=draw) * recipe.register_init)
