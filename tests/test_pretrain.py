@@ -730,8 +730,9 @@ def test_score_counts_any_class_in_view() -> None:
 
 
 def test_the_report_says_how_it_stands() -> None:
-    first = {"step": 0, "loss": math.nan, "accuracy": 0.1, "knn": math.nan, "seconds": 3.0, "top1": [9.0, 2.5, 2.0]}
-    then = {**first, "step": 6, "loss": 0.5, "seconds": 5.0}
+    first = {"step": 0, "loss": math.nan, "accuracy": 0.1, "knn": math.nan, "seconds": 3.0, "watching": 0.5}
+    first["top1"] = [9.0, 2.5, 2.0]
+    then = {**first, "step": 6, "loss": 0.5, "seconds": 5.5}  # half a second of it looked at the network
     assert loop.line(TINY, [first]).endswith("top-1% ratio 2.50 (layer 1)")
     assert "tiny step 6/12  loss 0.5000  accuracy 0.100" in loop.line(TINY, [first, then])
     assert loop.line(TINY, [first, then]).endswith("6 images/s  0 min left")

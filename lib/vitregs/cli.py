@@ -335,6 +335,7 @@ def train(
     images: Annotated[
         str | None, Parameter(help="where the recipe's images lie: a folder, parquet files (default: the hub)")
     ] = None,
+    count: Annotated[int | None, _number("how many of these images are used (default: all)", 1)] = None,
     weights: Annotated[
         str | None, Parameter(help="file with the weights of the network that a recipe starts from (default: the hub)")
     ] = None,
@@ -367,6 +368,7 @@ def train(
         out=out or Path("runs") / chosen.name,
         device=device,
         images=images,
+        count=count,
         weights=weights,
         resume=not restart,
         minutes=minutes,

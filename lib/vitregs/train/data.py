@@ -215,6 +215,8 @@ def make(recipe: Recipe, device: torch.device, source: str | None = None, count:
     Raises InputError for sources that do not exist or hold too few images, and for objectives that miss labels or captions.
     """
     source, objective = source or recipe.data, recipe.objective.name
+    if source == "scenes" and count is not None:
+        raise InputError("scenes are drawn anew in every step: leave out count, or name a folder of images")
     feed: Feed = SceneFeed(recipe, device) if source == "scenes" else ImageFeed(recipe, device, source, count)
     if objective == "clip" and feed.held(1).captions is None:
         raise InputError(f"clip needs captions: {source} has neither captions nor class names for all images")

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vitregs import cache
-from vitregs.train import monitor, recipes
+from vitregs.train import monitor
 from vitregs.train.config import SIZES, Recipe
 
 LARGEST = "16MB"
@@ -46,7 +46,6 @@ def export(
     cache.save_dataset(log, out / "history.nc")
     card = {
         "recipe": recipe.facts(),
-        "command": recipes.command(recipe),
         "vit": net.facts,
         "mean": net.pixel_mean,
         "std": net.pixel_std,

@@ -27,9 +27,10 @@ from torch import nn
 from vitregs import cache
 from vitregs.data.preparation import Preparation
 from vitregs.errors import InputError, Interrupted
+from vitregs.measure import mixture
 from vitregs.models import registry
 from vitregs.models.backbone import Backbone
-from vitregs.train import data, evaluation, export, learners, monitor, precision, schedules, start, throughput
+from vitregs.train import data, evaluation, export, learners, monitor, precision, recipes, schedules, start, throughput
 from vitregs.train.config import Recipe
 
 # Held-out images: whose norms are watched; that a head is scored on at the end, and on the way; that k-NN knows
@@ -126,9 +127,8 @@ def train(
                 _finite(mean if seen else 0.0, recipe, step)
                 bar.pause()
                 if step == recipe.steps:
-                    export.halve(
-                        learner
-                    )  # before the last look: it and all final scores are of the weights that are kept
+                    # before the last look: it and all final scores are of the weights that are kept
+                    export.halve(learner.published)  # what a student is compared with stays as it is
                 if watch:
                     looked = watch(step, mean)
                     records.append({**looked, "seconds": time.monotonic() - clock})
@@ -174,6 +174,7 @@ def train(
     done = None
     if rank == 0 and step == recipe.steps:
         facts = _facts(recipe, feed, learner, records, flop, peak)
+        facts["command"] = recipes.command(recipe, count=count, weights=weights)
         if final:
             facts |= _scored(recipe, feed, learner, target, begin)
         words = learner.eval().text_side() if hasattr(learner, "text_side") else None
@@ -249,6 +250,8 @@ class _Watch:
         self.recipe, self.learner = recipe, learner
         self.scored, bank = feed.held(SCORED + BANK).split(SCORED / (SCORED + BANK))
         self.bank, self.queries = bank, self.scored.split(QUERIES / SCORED)[0]
+        enough = min(WATCHED, len(self.scored)) * recipe.patches >= mixture.LEAST_DATA
+        self.judged = recipe.judged and enough  # few images of few patches have no fingerprint
 
     def __call__(self, step: int, loss: float) -> dict[str, Any]:
         begun = time.monotonic()
@@ -264,7 +267,7 @@ class _Watch:
             **({"agreement": agreement(self.scored)} if agreement else {}),
             "knn": evaluation.knn(backbone, self.bank, self.queries),
             **monitor.measure(backbone, self.scored.pixels[:WATCHED]),
-            **(monitor.fingerprint(backbone, self.scored.pixels[:WATCHED]) if self.recipe.judged else {}),
+            **(monitor.fingerprint(backbone, self.scored.pixels[:WATCHED]) if self.judged else {}),
         }
         self.learner.train()
         return {**found, "watching": time.monotonic() - begun}
@@ -290,7 +293,8 @@ def line(recipe: Recipe, records: list[dict[str, Any]], used: float = math.nan) 
     )
     if len(records) < 2:
         return text
-    rate = (now["step"] - records[-2]["step"]) / max(now["seconds"] - records[-2]["seconds"], 1e-9)
+    spent = now["seconds"] - records[-2]["seconds"] - now["watching"]  # a look at the network is no training
+    rate = (now["step"] - records[-2]["step"]) / max(spent, 1e-9)
     used_text = f"  utilisation {100 * used:.0f} %" if used == used else ""
     return f"{text}  {rate * recipe.batch:.0f} images/s{used_text}  {(recipe.steps - now['step']) / rate / 60:.0f} min left"
 

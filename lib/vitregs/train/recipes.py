@@ -3,11 +3,12 @@
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vitregs.data.scenes import Difficulty
 from vitregs.errors import InputError, unknown
-from vitregs.train.config import Clip, Dino, DinoV2, Distil, Mae, Recipe, Supervised, parse, suffix
+from vitregs.train.config import START, Clip, Dino, DinoV2, Distil, Mae, Recipe, Supervised, parse, suffix
 
 REDUNDANT = Difficulty(objects=(1, 3), radius=0.2, backgrounds=("flat", "gradient", "noise"))  # most patches repeat
 CPU = "fp32"  # bf16 costs more than it saves below width 192
@@ -210,11 +211,18 @@ def recipe(name: str) -> Recipe:
     return RECIPES[base].override(name=name, **changes)
 
 
-def command(chosen: Recipe) -> str | None:
-    """The command that trains a recipe again, with its images and every changed setting: recipe → words for a shell.
+def command(chosen: Recipe, *, count: int | None = None, weights: str | Path | None = None) -> str | None:
+    """The command that trains a recipe again, with its images and every changed setting.
 
-    None for a recipe that no command gives (made in Python, with a name or a difficulty of its own).
+    Args:
+        chosen: The recipe.
+        count: How many of its images were used, None for all.
+        weights: The file with the weights of the network that it started from, None for the published ones.
+
+    Returns:
+        Words for a shell; None for a recipe that no command gives (made in Python, with a name or a difficulty of its own).
     """
+    options = [w for k, v in (("--count", count), ("--weights", weights)) if v is not None for w in (k, str(v))]
     parts = chosen.name.split("-")
     for cut in range(len(parts), 0, -1):
         try:
@@ -222,9 +230,9 @@ def command(chosen: Recipe) -> str | None:
         except InputError:
             continue
         known, wanted = base.facts(), chosen.facts()
-        wanted |= {
-            k: getattr(chosen, k) for k in known if k not in wanted and hasattr(chosen, k)
-        }  # back at its default
+        wanted |= {k: getattr(chosen, k) for k in START if k in wanted}  # files by their whole names
+        back = {k: getattr(chosen, k) for k in known if k not in wanted and hasattr(chosen, k)}
+        wanted |= back  # settings at their default again
         changed = [k for k in wanted if k not in ("name", "data") and known.get(k) != wanted[k]]
         changed.sort(key=lambda k: chosen.name.find(suffix(k, wanted[k])))  # their order is part of the name
         settings = [f"{k}={_word(wanted[k])}" for k in changed]
@@ -233,7 +241,7 @@ def command(chosen: Recipe) -> str | None:
             same = parse(base, settings).override(data=chosen.data) == chosen
         except InputError:  # a setting that has no word
             return None
-        return shlex.join(["vitregs", "train", base.name, *settings, *images]) if same else None
+        return shlex.join(["vitregs", "train", base.name, *settings, *images, *options]) if same else None
     return None
 
 

@@ -140,6 +140,10 @@ def load(recipe: Recipe, weights: str | Path | None = None) -> Start | None:
     net: Any = backbone.net
     if type(net) is not timm.models.VisionTransformer:
         raise InputError(f"{backbone.name} ({type(net).__name__}) cannot be trained on: it is no plain ViT of timm")
+    if odd := set(kinds := backbone.kinds((1, 1))) - {"cls", "register", "patch"}:
+        raise InputError(f"{backbone.name} cannot be trained on: it has {min(odd)} tokens")
+    if "cls" not in kinds:
+        raise InputError(f"{backbone.name} cannot be trained on: it has no CLS token")
     _check_shape(backbone, recipe)
     if backbone.registers and recipe.registers != backbone.registers:
         raise InputError(
@@ -180,9 +184,13 @@ def _neurons(backbone: Backbone, recipe: Recipe) -> dict[int, list[int]]:
     """The neurons that a recipe zeroes."""
     if recipe.zeroed == "none":
         return {}
-    path = Path(recipe.zeroed)
+    path = Path(recipe.zeroed).expanduser()
     if recipe.zeroed in ("register", "random"):
-        path = test_time.list_of(backbone.name, "+suppressed")
+        path = _stored(backbone)
+    elif not path.is_file():
+        raise InputError(
+            f"zeroed is none, register, random or the file of a neuron list: there is no {recipe.zeroed!r}"
+        )
     found = test_time.read_list(path)
     test_time.check_list(backbone, found, path)
     if recipe.dead and any(not _plain_mlp(backbone, b) for b in found.neurons):
@@ -190,6 +198,17 @@ def _neurons(backbone: Backbone, recipe: Recipe) -> dict[int, list[int]]:
     if recipe.zeroed == "random":
         return test_time.random_neurons(backbone, found.neurons, seed=recipe.seed)
     return found.neurons
+
+
+def _stored(backbone: Backbone) -> Path:
+    """The list of a network's register neurons."""
+    try:
+        return test_time.list_of(backbone.name, "+suppressed")
+    except InputError as error:
+        raise InputError(
+            f"no register neurons of {backbone.name} are stored: find them with vitregs neurons … --out FILE, and give "
+            "zeroed=FILE"
+        ) from error
 
 
 def _plain_mlp(backbone: Backbone, block: int) -> bool:
