@@ -9,7 +9,7 @@ LOCKED := $(PYTHON) book/lock.py Makefile
 JUPYTER_BOOK ?= $(BIN)/jupyter-book
 SOURCES := $(shell find lib/vitregs -name '*.py') $(shell find data/paper data/zoo -type f)
 
-.PHONY: book test nightly portable lint notebooks benchmarks environment clean
+.PHONY: book test nightly portable lint notebooks benchmarks gpu-pack gpu-merge environment clean
 .DELETE_ON_ERROR:
 
 # Two chapters at a time, of one thread each: small networks gain little from a second, and lose much where it must wait.
@@ -72,6 +72,14 @@ notebooks: environment
 
 benchmarks: environment
 	$(BIN)/python -m tests.benchmarks
+
+# Many runs by one command on a GPU that is lent for minutes: make gpu-pack IMAGES=folder WEIGHTS=file [ARMS='"ARM" "ARM setting=value"'],
+# there `python .gpu/run.py --out OUT --minutes 6`, and make gpu-merge FROM=OUT files what came back.
+gpu-pack: environment
+	@$(BIN)/python -m vitregs.train.pack pack --images "$(IMAGES)" --weights "$(WEIGHTS)" $(if $(ARMS),--arms $(ARMS))
+
+gpu-merge: environment
+	@$(BIN)/python -m vitregs.train.pack merge "$(FROM)"
 
 clean:
 	$(LOCKED) rm -rf build

@@ -413,12 +413,12 @@ def test_train_stops_in_time_and_goes_on(here: Path, quick: tuple[str, ...], cap
 def test_the_list_of_wanted_runs(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--list"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == "wanted     vitregs train hunt-tiny --device cuda"
-    (here / "runs" / "hunt-tiny").mkdir(parents=True)
-    (here / "runs" / "hunt-tiny" / "checkpoint.pt").touch()
+    assert lines[0] == "wanted     vitregs train tinyimagenet-tiny --device cuda"
+    (here / "runs" / "tinyimagenet-tiny").mkdir(parents=True)
+    (here / "runs" / "tinyimagenet-tiny" / "checkpoint.pt").touch()
     assert main(["train", "--list"]) == 0
     assert capfd.readouterr().out.splitlines()[0].startswith("begun ")
-    (here / "runs" / "hunt-tiny" / "recipe.json").touch()
+    (here / "runs" / "tinyimagenet-tiny" / "recipe.json").touch()
     assert main(["train", "--list"]) == 0
     assert capfd.readouterr().out.splitlines()[0].startswith("done ")
 

@@ -52,6 +52,17 @@ def test_images_of_a_folder(folder: Path) -> None:
     assert feed.take(0).captions is None
 
 
+def test_images_that_were_read_serve_other_recipes(folder: Path) -> None:
+    first = data.make(CHOSEN, CPU, str(folder))
+    changed = CHOSEN.override(batch=4, seed=1)
+    again, anew = data.make(changed, CPU, read=first), data.make(changed, CPU, str(folder))
+    assert again.pixels is first.pixels
+    assert torch.equal(again.take(3).pixels, anew.take(3).pixels)
+    assert (first.recipe, again.fingerprint) == (CHOSEN, anew.fingerprint)
+    assert "were read at 16 pixels, not 32" in problem(data.make, CHOSEN.override(image_size=32), CPU, read=first)
+    assert "too few for a batch of 5000" in problem(data.make, CHOSEN.override(batch=5000), CPU, read=first)
+
+
 def seen(pixels: torch.Tensor) -> list[tuple[int, int]]:
     return [tuple(p) for p in (pixels.mean((2, 3))[:, :2] * 255).round().int().tolist()]
 

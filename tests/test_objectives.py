@@ -94,6 +94,38 @@ def test_registers_leave_the_rest_as_it_was_and_start_apart() -> None:
 # --- supervised
 
 
+def test_cutmix_moves_a_box_to_the_next_image() -> None:
+    pixels = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 16, 16)
+    kept = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        mixed, share = augment.cutmix(pixels)
+        foreign = mixed != pixels
+        assert float(foreign.float().mean()) == pytest.approx(1 - share)
+        assert torch.equal(foreign, foreign[:1].expand_as(foreign))  # the same box everywhere
+        assert torch.equal(mixed[foreign], pixels.roll(1, 0)[foreign])
+        where = foreign[0, 0].nonzero()
+        if len(where):
+            sides = where.amax(0) - where.amin(0) + 1
+            assert int(sides.prod()) == len(where)  # a rectangle
+        kept.append(share)
+    assert min(kept) < 0.3
+    assert max(kept) > 0.95
+
+
+@pytest.mark.parametrize("kind", ["bce", "ce"])
+def test_cutmix_mixes_losses_by_area(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = data.make(Recipe("x", "", **SMALL), torch.device("cpu"))
+    batch = feed.take(0)
+    plain = learners.learner(Recipe("x", "", Supervised(kind), **SMALL), feed)
+    mixing = learners.learner(Recipe("x", "", Supervised(kind, cutmix=1.0), **SMALL), feed)
+    monkeypatch.setattr(supervised, "cutmix", lambda pixels: (pixels, 0.75))
+    other = data.Batch(batch.pixels, batch.label.roll(1), batch.labels.roll(1, 0))
+    with torch.no_grad():
+        wanted = 0.75 * plain(batch) + 0.25 * plain(other)
+        assert float(mixing(batch)) == pytest.approx(float(wanted), rel=1e-5)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("kind", ["bce", "ce"])
 def test_supervised_loss_by_hand(kind: str, smoothing: float) -> None:

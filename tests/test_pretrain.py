@@ -181,8 +181,11 @@ def test_known_recipes() -> None:
 def test_wanted_runs_are_recipes() -> None:
     names = [run.recipe.name for run in WANTED]
     assert len(set(names)) == len(names)
-    assert names[0] == "hunt-tiny"
-    assert all(len(run.why) > 5 and "GPU" in run.price for run in WANTED)
+    assert names[0] == "tinyimagenet-tiny"
+    assert all(len(run.why) > 5 for run in WANTED)
+    assert all(
+        ("GPU" in run.price, "CPU" in run.price) == (run.device == "cuda", run.device == "cpu") for run in WANTED
+    )
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

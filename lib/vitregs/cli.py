@@ -396,7 +396,10 @@ def _wanted() -> list[str]:
             if (folder / "checkpoint.pt").exists()
             else "wanted"
         )
-        lines += [f"{state:<10} vitregs train {' '.join(run.words)} --device cuda", f"{'':<10} {run.price}: {run.why}"]
+        lines += [
+            f"{state:<10} vitregs train {' '.join(run.words)} --device {run.device}",
+            f"{'':<10} {run.price}: {run.why}",
+        ]
     return lines
 
 

@@ -68,6 +68,27 @@ class ThreeAugment(_Augment):
         return self.jitter(out)
 
 
+def cutmix(pixels: Tensor) -> tuple[Tensor, float]:
+    """Paste a box of each image into the next one of the batch (CutMix, Yun et al. 2019).
+
+    The box lies anywhere, is cut off at the edge, and has an area drawn evenly; it is the same for all images of a batch.
+
+    Args:
+        pixels: (n, 3, H, W).
+
+    Returns:
+        Mixed images of the same shape, and the share of each that is still its own; the rest is of image i - 1.
+    """
+    height, width = pixels.shape[-2:]
+    part, down, right = torch.rand(3).tolist()
+    tall, wide = round(height * part**0.5), round(width * part**0.5)
+    top, left = round(height * down - tall / 2), round(width * right - wide / 2)
+    rows, columns = slice(max(top, 0), min(top + tall, height)), slice(max(left, 0), min(left + wide, width))
+    mixed = pixels.clone()
+    mixed[..., rows, columns] = pixels.roll(1, 0)[..., rows, columns]
+    return mixed, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+
+
 class MultiCrop(_Augment):
     """Two large views of each image and several small ones, with DINO's distortions."""
 

@@ -20,6 +20,7 @@ SIZES = {  # width, depth, heads
     "femto": (32, 8, 1),
     "nano": (64, 8, 2),
     "pico": (96, 8, 3),
+    "half": (96, 12, 3),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
@@ -47,12 +48,13 @@ class Supervised:
     name: ClassVar[str] = "supervised"
     loss: str = "bce"  # over all classes, as DeiT-III on ImageNet-1k; "ce" for one class an image, as on 21k
     smoothing: float = 0.0
+    cutmix: float = 0.0  # share of the steps in which a box of each image is another's
 
     def check(self, recipe: "Recipe") -> None:
         """Raise InputError for values that make no sense."""
         if self.loss not in ("bce", "ce"):
             raise unknown("loss", self.loss, ("bce", "ce"))
-        _share(self, "smoothing")
+        _share(self, "smoothing", "cutmix")
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class Recipe:
     @property
     def judged(self) -> bool:
         """Whether the fingerprint is taken at every look: in networks large enough that it costs little beside their steps."""
-        return bool(self.init) or SIZES[self.size][0] >= SIZES["tiny"][0]
+        return bool(self.init) or SIZES[self.size][1] >= SIZES["tiny"][1]
 
     def vit(self) -> dict[str, Any]:
         """Arguments for `registry.build`, head left out."""

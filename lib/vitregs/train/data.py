@@ -3,6 +3,7 @@
 Every batch is a function of seed and step alone. With several processes each takes its own rows of the same batch.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -124,14 +125,30 @@ class ImageFeed:
         ).tolist()  # a stream may be sorted
         pixels, named = pixels[order], [named[i] for i in order]
         self.classes, label = _classes(named, list(getattr(found.source, "classes", [])))
-        parts = max(LEAST, len(pixels) // 10)
-        if len(pixels) < recipe.batch + parts:
-            raise InputError(
-                f"{source} has {len(pixels)} images: too few for a batch of {recipe.batch} and {parts} held out"
-            )
+        self.source, self.images = source, found
+        self.trained = len(pixels) - max(LEAST, len(pixels) // 10)  # the last are held out, the same for every seed
+        self._check(len(pixels))
         self.pixels, self.label = pixels.to(device), torch.tensor(label, device=device)
-        self.trained = len(pixels) - parts  # the last images are held out, the same ones for every seed
         self.named = [str(c).replace("_", " ") for c in self.classes]
+
+    def _check(self, there: int) -> None:
+        if self.trained < self.recipe.batch:
+            raise InputError(
+                f"{self.source} has {there} images: too few for a batch of {self.recipe.batch} "
+                f"and {there - self.trained} held out"
+            )
+
+    def again(self, recipe: Recipe) -> "ImageFeed":
+        """The same images in memory for another recipe, of images of the same side.
+
+        Raises InputError for another side, or too few images.
+        """
+        if recipe.image_size != self.recipe.image_size:
+            raise InputError(f"images were read at {self.recipe.image_size} pixels, not {recipe.image_size}")
+        other = copy(self)
+        other.recipe = recipe
+        other._check(len(self.pixels))
+        return other
 
     def _pick(self, index: Tensor, captions: bool) -> Batch:
         index = index.to(self.device)
@@ -209,15 +226,26 @@ def imagenet_numbers(classes: list[str]) -> list[int] | None:
     return found if found and min(found) >= 0 else None
 
 
-def make(recipe: Recipe, device: torch.device, source: str | None = None, count: int | None = None) -> Feed:
-    """Open what a recipe trains on: recipe, device, where its images lie (None: by its own name) and how many to use → Feed.
+def make(
+    recipe: Recipe,
+    device: torch.device,
+    source: str | None = None,
+    count: int | None = None,
+    read: ImageFeed | None = None,
+) -> Feed:
+    """Open what a recipe trains on: recipe, device, where its images lie (None: by its own name), how many to use, images that
+    were read already → Feed.
 
     Raises InputError for sources that do not exist or hold too few images, and for objectives that miss labels or captions.
     """
     source, objective = source or recipe.data, recipe.objective.name
     if source == "scenes" and count is not None:
         raise InputError("scenes are drawn anew in every step: leave out count, or name a folder of images")
-    feed: Feed = SceneFeed(recipe, device) if source == "scenes" else ImageFeed(recipe, device, source, count)
+    feed: Feed
+    if source == "scenes":
+        feed = SceneFeed(recipe, device)
+    else:
+        feed = read.again(recipe) if read else ImageFeed(recipe, device, source, count)
     if objective == "clip" and feed.held(1).captions is None:
         raise InputError(f"clip needs captions: {source} has neither captions nor class names for all images")
     asked = objective == "supervised" or getattr(recipe.objective, "labels", False)

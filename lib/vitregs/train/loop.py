@@ -62,6 +62,7 @@ def train(
     device: str = "auto",
     images: str | None = None,
     count: int | None = None,
+    read: data.ImageFeed | None = None,
     weights: str | Path | None = None,
     resume: bool = True,
     compiled: bool | None = None,
@@ -73,20 +74,20 @@ def train(
 ) -> Path | None:
     """Train a recipe: where to keep checkpoints and the result, device → folder with weights, recipe, history and card.
 
-    `images` names the images to train on in place of `recipe.data`, `count` how many of them are used, `weights` a file with
-    the weights of `recipe.init`. `report` hears a line and `follow` sees the history whenever the network is looked at. With
-    `minutes` the run stops in time, with a checkpoint, and gives None, as do all processes but the first. `final` adds linear
-    scores at the end; what cannot be scored is left out, and the card says why. Raises InputError for a checkpoint of another
-    recipe or other images, too little memory on the device, data or a network to start from that do not fit, or a disk that
-    cannot be written; the last checkpoint survives. Ctrl-C and SIGTERM stop the run behind the step at work, with a
-    checkpoint, and raise Interrupted; a second one stops it at once.
+    `images` names the images to train on in place of `recipe.data`, `count` how many of them are used, `read` images that lie
+    in memory already, `weights` a file with the weights of `recipe.init`. `report` hears a line and `follow` sees the history
+    whenever the network is looked at. With `minutes` the run stops in time, with a checkpoint, and gives None, as do all
+    processes but the first. `final` adds linear scores at the end; what cannot be scored is left out, and the card says why.
+    Raises InputError for a checkpoint of another recipe or other images, too little memory on the device, data or a network
+    to start from that do not fit, or a disk that cannot be written; the last checkpoint survives. Ctrl-C and SIGTERM stop the
+    run behind the step at work, with a checkpoint, and raise Interrupted; a second one stops it at once.
     """
     begun = time.monotonic()
     recipe = recipe.override(data=images) if images else recipe  # the card names what was seen
     rank, world, target = _place(device)
     origin = cache.provenance(device=_named(target))  # of the code that runs, not of what it may become meanwhile
     begin = start.load(recipe, weights)
-    feed = data.make(recipe, target, count=count)
+    feed = data.make(recipe, target, count=count, read=read)
     cache.check_writable(out)
     data.rows(recipe.batch, rank, world)
     recipe.objective.check(dataclasses.replace(recipe, batch=recipe.batch // world))
