@@ -584,7 +584,7 @@ def test_the_card_names_the_images_and_the_command(tmp_path: Path) -> None:
     assert card["images"] == {"trained": 36, "fingerprint": images.open_images(str(mine), size=16).fingerprint}
     page = (out / "README.md").read_text()
     assert f"`{card['command']}`" in page
-    assert f"| data | {mine} |" in page
+    assert f"| data | {mine.name} |" in page
     assert card["images"]["fingerprint"] in page
     assert "scenes" not in page
     others = own_images(tmp_path / "others", side=24)
