@@ -275,6 +275,8 @@ def test_the_other_tables_and_the_figure() -> None:
     assert [t.get_text() for t in left.get_yticklabels()] == list(report.behaviour.table(planted()).index)
     np.testing.assert_allclose(left.lines[0].get_xdata(), [20, 100 / 6, 100, 40])
     np.testing.assert_allclose(right.lines[0].get_ydata(), [4, 4])
+    assert left.get_xlabel().endswith("(linear to 2, logarithmic above)")
+    assert left.xaxis.get_transform().linthresh == 2
 
 
 def test_cosines_of_planted_outliers(monkeypatch: pytest.MonkeyPatch) -> None:

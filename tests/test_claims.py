@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,9 @@ def test_the_ledger_is_complete() -> None:
     assert [c.id for c in found if c.chapter not in parameters.names()] == []
     assert [c.id for c in found if not c.scale or not c.statement or not c.where] == []
     assert [c.id for c in found if c.measure and not (c.rule and c.quantity)] == []
+    # a row is read alone, in a box or a listing
+    leaning = re.compile(r"…|(and|such|so|the same|with them|without them)\b", re.IGNORECASE)
+    assert [c.id for c in found if leaning.match(c.statement)] == []
     places = " ".join(c.where for c in found)
     # a schematic (6) and two rows of images (19, 21) that say what Fig 1 and 7 say already make no claim of their own
     figures = set(range(1, 22)) - {6, 13, 19, 21}
@@ -237,6 +241,19 @@ def test_missing_results_are_said(tmp_path: Path) -> None:
         scoreboard.table(tmp_path)
 
 
+def test_a_damaged_result_costs_its_claims_alone(tmp_path: Path) -> None:
+    chapter, broken = "12_feature_maps", "mae_beyond"
+    shutil.copytree(ledger.RESULTS, tmp_path / "results")
+    for file in (tmp_path / "results" / chapter).glob("*.mae-pico.nc"):
+        file.write_bytes(file.read_bytes()[:-100])
+    whole, less = (scoreboard.table(f, chapter).set_index("id") for f in (ledger.RESULTS, tmp_path / "results"))
+    (name,) = [c.id for c in ledger.ledger() if c.measure == broken]
+    assert (less.loc[name, "verdict"], less.loc[name, "of"]) == ("not testable here", "")
+    assert less.loc[name, "why"].startswith("cannot read results ")
+    others = whole.index.drop(name)
+    pd.testing.assert_frame_equal(less.loc[others], whole.loc[others])
+
+
 def test_the_scoreboard_is_shown(
     board: pd.DataFrame, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +278,13 @@ def test_the_scoreboard_is_shown(
     assert capsys.readouterr().out.strip() == page.strip()
     assert cli.main(["scoreboard", "--results", "nowhere/at/all"]) == 2
     assert capsys.readouterr().err.startswith("vitregs: cannot read results nowhere/at/all/")
+
+
+def test_claims_on_when_outliers_appear_need_outliers() -> None:
+    conditions = {
+        c.id: c.needs for c in ledger.ledger() if c.where.startswith("Fig 4") and c.scale == "the zoo, on scenes"
+    }
+    assert conditions == dict.fromkeys(("middle", "late", "size"), "artifact")
 
 
 # --- evidence on planted arrays

@@ -106,6 +106,8 @@ def fails(here: Path, capfd: pytest.CaptureFixture[str]) -> Fails:
         ("run 2 --out result.html", "--out must end in .ipynb, not result.html"),
         ("diagnose vit_smal_patch16_224", "did you mean 'vit_small_patch16_224'?"),
         ("diagnose resnet50", "resnet50 is not a plain ViT"),
+        ("diagnose supervised-pico+zero8+tt1", "a name takes one ending only, not +zero8+tt1"),
+        ("diagnose deit_tiny_patch16_224+tt1+zero8", "a name takes one ending only, not +tt1+zero8"),
         ("diagnose supervised-pico --size 100", "the nearest that fits is 96x96"),
         ("diagnose supervised-pico --size 96 100", "not a multiple of the patch size 8"),
         ("diagnose supervised-pico --size 1 2 3", "--size takes a side, or height and width"),
@@ -196,6 +198,15 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert len(listed) >= 4
     assert all("reg4_dinov2" in name for name in listed)
+    assert main(["models", "no such name"]) == 0
+    footer = capsys.readouterr().out
+    assert all(word in footer for word in ("vitregs models PART", ".lvd142m", "+tt1", "+zero8"))
+
+
+def test_summaries_of_commands_are_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  measure: Store what chapters draw of a published network." in lines
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,7 +143,14 @@ def test_what_was_looked_at_is_said(planted: Case):
 
 def test_a_fixed_cutoff(planted: Case):
     found = diagnose(plant(small()), images.open_images(str(planted.folder), size=SIDE), cut=30.0)
-    assert (found.verdict, found.layer) == ("content", LAYER)
+    assert (found.verdict, found.layer) == ("inconclusive", LAYER)  # no rule was applied
+    part = found.fingerprint.parts["mode"]
+    assert part.answer == "open"
+    assert f"{100 * planted.share:.1f} % of the patches" in part.sentence
+    assert "lie above the fixed cut-off 30, at " in part.sentence
+    assert "second mode" not in found.text()
+    assert "above %" in found.text()
+    assert found.fingerprint.parts["place"].answer == "against"
     assert found.rule == "fixed at 30"
     assert (found.layers["cutoff"] == 30).all()
     assert found.layers["share"][LAYER] == pytest.approx(planted.share)
@@ -152,7 +159,8 @@ def test_a_fixed_cutoff(planted: Case):
 
 def test_a_fixed_cutoff_above_all_norms(planted: Case):
     found = diagnose(plant(small()), images.open_images(str(planted.folder), size=SIDE, count=20), cut=1e4)
-    assert found.verdict == "inconclusive"  # nothing lies above it, but norms are many times the median
+    assert found.verdict == "inconclusive"
+    assert found.evidence == "no patch above the fixed cut-off 10000 at any layer; no rule was applied"
     assert (found.layers["share"] == 0).all()
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.collections import QuadMesh
 
 from tests.test_draw import labels, mesh, norms, panels, ticks
 from vitregs import arrays, report
@@ -55,7 +56,16 @@ def test_training_with_further_scores() -> None:
         },
         coords={"step": [0, 1, 2, 3], "layer": [0, 1], "bin": np.geomspace(1, 10, 20)},
     )
-    (legend,) = report.training.plot_training({"m": log}, -1).legends
+    log = log.assign_coords(step=[0, 10, 40, 100])
+    figure = report.training.plot_training({"m": log}, -1)
+    above, below = panels(figure)
+    assert above.get_xlim() == below.get_xlim()  # one true axis of steps
+    (drawn,) = [c for c in above.collections if isinstance(c, QuadMesh)]
+    np.testing.assert_array_equal(drawn.get_coordinates()[0, :, 0], [0, 5, 25, 70, 100])
+    assert (
+        mesh(panels(report.training.plot_training({"m": log.isel(step=[0])}, -1))[0]).shape[1] == 1
+    )  # as a run begins
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["k-NN", "largest / median ÷ 10"]
 
 

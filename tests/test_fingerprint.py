@@ -79,7 +79,7 @@ def test_blocks_of_unknown_form_leave_the_rest_of_the_report() -> None:
     source = images.open_images("scenes", size=96, count=16)
     seen = diagnose(bare, source, cut=_typical(bare), progress=False)
     parts = seen.fingerprint.parts
-    assert [parts[n].answer for n in ("mode", "neurons", "cause")] == ["for", "not measured", "not measured"]
+    assert [parts[n].answer for n in ("mode", "neurons", "cause")] == ["open", "not measured", "not measured"]
     assert parts["neurons"].sentence.endswith(
         "(ParallelThingsBlock) has no MLP of known form: its neurons cannot be told"
     )

@@ -176,6 +176,47 @@ def test_the_seed_and_the_batch_leave_the_shares() -> None:
     assert float(one["half"]) == float(two["half"])
 
 
+def test_the_sample_is_the_same_for_every_batch() -> None:
+    """Up to four patches of either kind in an image, whatever comes before it in its batch."""
+    marked = torch.rand(20, 30, generator=torch.Generator().manual_seed(1)) < 0.1
+
+    def drawn(batch: int, seed: int = 0) -> set[int]:
+        sums = neurons._Sums(planted.network("nothing", 1.0), [1], seed)
+        parts = [(start, sums.pick(part)) for start, part in zip(range(0, 20, batch), marked.split(batch), strict=True)]
+        return {int(number) + 30 * start for start, part in parts for number in part}
+
+    one = drawn(20)
+    assert one == drawn(1) == drawn(7)
+    assert one != drawn(20, seed=1)
+    kind = marked.flatten()
+    for image in range(20):
+        here = [bool(kind[n]) for n in one if n // 30 == image]
+        assert sum(here) == min(4, int(marked[image].sum()))
+        assert len(here) - sum(here) == 4
+
+
+def test_spreads_and_contrasts_do_not_depend_on_the_batch() -> None:
+    bare, x = planted.network("artifacts", 3.0), planted.images(24, 7)
+    one, two = (neurons.search(bare, x, layer=4, cutoff=14.0, batch=batch) for batch in (5, 24))
+    for name in ("on_spread", "off_spread", "contrast", "auc"):
+        np.testing.assert_allclose(one[name], two[name], rtol=0.01, atol=0.01, err_msg=name)
+
+
+def test_suppression_runs_in_the_precision_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare, x, asked = planted.network("artifacts", 3.0), planted.images(8, 7), []
+    real = capture.capture
+
+    def listen(*given: Any, **how: Any) -> xr.Dataset:
+        asked.append(how["precision"])
+        return real(*given, **how)
+
+    monkeypatch.setattr(capture, "capture", listen)
+    neurons.suppression(
+        bare, x, neurons=[(planted.BLOCK, planted.NEURON)], counts=[1], cutoff=14.0, precision="bfloat16"
+    )
+    assert set(asked) == {"bfloat16"}
+
+
 def test_suppression_counts_what_is_left() -> None:
     bare, x = planted.network("artifacts", 3.0), planted.images(24, 7)
     found = neurons.search(bare, x, layer=planted.BLOCK)
@@ -236,7 +277,9 @@ def test_problems_are_one_line() -> None:
 
 
 def test_no_mode_to_mark_by_is_a_problem() -> None:
-    with pytest.raises(InputError, match=r"is marked at layer 6: no outlier mode .*; name a cutoff to mark by"):
+    with pytest.raises(
+        InputError, match=r"is marked at layer 6: no outlier mode .*; mark at another layer .*--layer.*--cutoff"
+    ):
         neurons.search(planted.network("nothing", 1.0), planted.images(24, 7))
 
 

@@ -218,7 +218,7 @@ def test_neurons_prints_a_table_and_writes_a_list(folder: Path, capsys: pytest.C
         ("hunt-pico --size 1 2 3", "--size takes a side, or height and width, not 3 numbers"),
         ("hunt-pico --layer 9 --count 2", "neurons write at layers 1 to 8 of hunt-pico, not at layer 9"),
         ("hunt-pico --cutoff 1e6 --count 2", "no patch of hunt-pico has a norm above 1e+06 at layer 8"),
-        ("supervised-pico --count 16", "name a cutoff to mark by"),
+        ("supervised-pico --count 16", "mark at another layer (layer=…, --layer)"),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -333,6 +334,21 @@ def test_curves_stand_beside_the_papers() -> None:
     assert len(shown) == 4
     assert [a.get_xlabel() for a in shown] == ["trained registers"] * 3 + ["zero tokens"]
     np.testing.assert_allclose(shown[-1].lines[0].get_ydata(), [60, 60], rtol=1e-6)
+    assert figure.legends == []  # no more tokens than in the paper
+
+
+def test_where_the_papers_range_ends_is_marked() -> None:
+    row = {"source": "ours", "panel": "p", "low": 0.0, "high": 2.0, "baseline": np.nan}
+    ours = pd.DataFrame([row | {"tokens": float(n), "value": 1.0} for n in (0, 8, 16, 32)])
+    paper = report.remedies.curves(answers())
+    paper = paper[paper["source"] == "paper"]
+    figure = report.remedies.plot_doses(pd.concat([paper, ours]))
+    figure.canvas.draw()
+    shown = [a for a in figure.axes if a.get_visible()]
+    assert [len(a.lines) for a in shown] == [1, 1, 1, 2]
+    assert shown[-1].lines[1].get_xdata()[0] == 2.5  # between 16 and 32
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ["the paper's range ends at 16"]
 
 
 def test_curves_of_boxes_have_what_they_cover_and_a_baseline() -> None:

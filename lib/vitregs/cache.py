@@ -20,7 +20,7 @@ import xarray as xr
 from safetensors import SafetensorError
 
 from vitregs import paths
-from vitregs.errors import InputError
+from vitregs.errors import Damaged, InputError
 
 
 def _says(node: Any) -> Any:
@@ -216,12 +216,14 @@ def save_dataset(data: xr.Dataset, path: Path) -> None:
 
 
 def load_dataset(path: Path) -> xr.Dataset:
-    """Read what `save` wrote: path → Dataset. Raises InputError for a missing or broken file."""
+    """Read what `save` wrote: path → Dataset. Raises InputError for a missing file, Damaged for a broken one."""
     try:
         with xr.open_dataset(path, engine="h5netcdf") as data:
             return data.load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # HDF5 raises all of them, by where the damage is
+    except FileNotFoundError as error:
         raise InputError(f"cannot read results {path}: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # HDF5 raises all of them, by where the damage is
+        raise Damaged(f"cannot read results {path}: {error}") from error
 
 
 def stored(

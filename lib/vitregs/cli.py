@@ -411,6 +411,10 @@ def models(
 
     ours, theirs = ([n for n in names if part in n] for names in (registry.zoo(), registry.published()))
     print("\n".join(["trained here (data/zoo):", *(f"  {n}" for n in ours), "from timm:", *(f"  {n}" for n in theirs)]))
+    print(
+        "\n`vitregs models PART` shows names that contain PART. A name of timm may carry the tag of its weights (.lvd142m), and\n"
+        "any name an ending: +tt1 (its register neurons moved to an added token), +zero8 (eight added tokens of zeros)."
+    )
 
 
 def _folder(what: str) -> Parameter:
@@ -437,7 +441,10 @@ def measure(
     ] = None,
     device: Annotated[str, Parameter(help="auto, cpu, cuda, …")] = "auto",
 ) -> None:
-    """Measure once what chapters draw of a published network, on photographs and on the image sets that are given."""
+    """Store what chapters draw of a published network.
+
+    It is measured once, on photographs and on the image sets that are given.
+    """
     from time import perf_counter
 
     from vitregs import cache

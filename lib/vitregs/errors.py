@@ -13,6 +13,10 @@ class InputError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class Damaged(InputError):
+    """A file that is there and cannot be read."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run that was told to stop and kept what it had: how to go on, and the exit code of a process that ends by it."""
 

@@ -8,7 +8,8 @@ computed, never typed in:
   STRONG times as high as the median norm.
 - *not reproduced*: the opposite of the rule holds, whatever the truth is within the interval.
 - *inconclusive*: neither; the interval holds both answers.
-- *not testable here*: nothing measures it, its condition is not met, or the network is barred (`eligible`).
+- *not testable here*: nothing measures it, its condition is not met, the network is barred (`eligible`), or a stored result is
+  damaged.
 """
 
 import operator
@@ -25,7 +26,7 @@ from vitregs.claims import (
 )
 from vitregs.claims.measures import MEASURES, NEEDS, Condition, Measured
 from vitregs.data import published
-from vitregs.errors import InputError, unknown
+from vitregs.errors import Damaged, InputError, unknown
 
 RESULTS = paths.ROOT / "data" / "results"
 REPRODUCED, MILD, INCONCLUSIVE = "reproduced", "reproduced, mild", "inconclusive"
@@ -131,12 +132,15 @@ def decide(rule: str, found: Measured) -> bool | None:
 def judge(claim: Claim, folder: Path = RESULTS) -> Judgement:
     """Measure a claim on stored results and apply its rule: claim, folder of results → Judgement.
 
-    Raises InputError for results that are missing.
+    Raises InputError for results that are missing; those that are damaged leave their claims not testable.
     """
     if not claim.measure:
         return Judgement(None, NOT_TESTABLE, claim.scale)
-    found = MEASURES[claim.measure](folder)
-    condition = NEEDS[claim.needs](folder, found) if claim.needs else Condition(True)
+    try:
+        found = MEASURES[claim.measure](folder)
+        condition = NEEDS[claim.needs](folder, found) if claim.needs else Condition(True)
+    except Damaged as problem:
+        return Judgement(None, NOT_TESTABLE, str(problem))
     why = "; ".join(filter(None, map(eligible.barred, found.networks))) or ("" if condition.met else condition.why)
     if not why and isnan(found.value):
         why = "nothing was there to count"

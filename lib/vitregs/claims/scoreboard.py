@@ -85,7 +85,8 @@ def page(board: pd.DataFrame) -> str:
         "- *Not reproduced*: the opposite holds wherever in the interval the truth lies.",
         "- *Inconclusive*: the interval holds both answers; more images or more networks would be needed.",
         "- *Not testable here*: nothing here measures it; or the condition of the claim is not met, mostly that the network has "
-        "the artifact at all; or the network is barred, because fewer than half of its scores clear those of its untrained twin.",
+        "the artifact at all; or the network is barred, because fewer than half of its scores clear those of its untrained "
+        "twin; or a stored result is damaged.",
         "",
         f"**When the rules were written.** {after} of these rules were written *after* the results that they judge were known to "
         f"whoever wrote them, {before} *before*. The old ones were written down in one go when the chapters had been run, and "

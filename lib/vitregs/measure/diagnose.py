@@ -22,6 +22,7 @@ from vitregs.models.backbone import Backbone
 _SHOWN = 2  # images in the plot, of the first
 _FIRST = 16  # that are kept until it is known which of their patches are marked
 _EXACT = "exact"
+_RULE = "two modes in log norm"
 _NAMED = 60  # register neurons, at most
 SEARCHED = 256  # images that register neurons are looked for in, at most
 
@@ -137,6 +138,7 @@ class Diagnosis:
 
     def _table(self) -> pd.DataFrame:
         """The table of layers in words, since pandas writes NaN without asking a formatter."""
+        beyond = "2nd mode %" if self.rule == _RULE else "above %"
         shown = (
             self.layers.assign(share=100 * self.layers["share"])
             .drop(columns="sink_error")
@@ -146,7 +148,7 @@ class Diagnosis:
                     "largest": "largest/median",
                     "top1": "top 1%/median",
                     "cutoff": "cut-off",
-                    "share": "2nd mode %",
+                    "share": beyond,
                     "ratio": "its ratio",
                 }
             )
@@ -156,7 +158,7 @@ class Diagnosis:
             "largest/median": "{:.2f}".format,
             "top 1%/median": "{:.2f}".format,
             "cut-off": lambda v: "none" if np.isnan(v) else f"{v:.1f}",
-            "2nd mode %": lambda v: "-" if not v else f"{v:.2f}",
+            beyond: lambda v: "-" if not v else f"{v:.2f}",
             "its ratio": lambda v: "-" if not v else f"{v:.1f}",
             "separation": lambda v: "-" if not v else f"{v:.1f}",
             "sink": lambda v: "-" if np.isnan(v) else f"{v:.1f}x",
@@ -243,11 +245,17 @@ def _received(backbone: Backbone, seen: _Seen, marked: np.ndarray) -> xr.DataArr
 
 
 def _judge(
-    backbone: Backbone, images: Any, seen: _Seen, layers: pd.DataFrame, quick: bool, how: dict[str, Any]
+    backbone: Backbone,
+    images: Any,
+    seen: _Seen,
+    layers: pd.DataFrame,
+    cut: float | None,
+    quick: bool,
+    how: dict[str, Any],
 ) -> tuple[Fingerprint, xr.Dataset | None]:
     """Ask the five questions: what the first pass gave, its layers → fingerprint, what was found of the neurons."""
     norms = seen.whole["norms"].drop_vars("token")
-    parts = {"mode": fingerprint.mode(norms, layers)}
+    parts = {"mode": fingerprint.mode(norms, layers, cut)}
     best = fingerprint.strongest_mode(layers)
     deep = layers[layers.layer > 0]
     layer = int((deep.loc[deep.largest.idxmax()] if best is None else best).layer)
@@ -275,9 +283,9 @@ def _mechanism(
 ) -> tuple[xr.Dataset | None, dict[int, list[int]]]:
     """Look for the neurons behind the mode, and suppress them."""
     some = images[:SEARCHED] if isinstance(images, Tensor) else images.first(SEARCHED)
-    batch = {"batch": how["batch"]}
+    same: dict[str, Any] = {"cutoff": cutoff, "layer": layer, "batch": how["batch"], "precision": how["precision"]}
     try:
-        found = neurons.search(backbone, some, cutoff=cutoff, layer=layer, precision=how["precision"], **batch)
+        found = neurons.search(backbone, some, **same)
     except InputError as problem:
         if "out of memory" in str(problem):
             raise
@@ -289,7 +297,7 @@ def _mechanism(
     if not order:
         parts["cause"] = fingerprint.Part("cause", "not measured", "there are no register neurons to suppress")
         return found, {}
-    left = neurons.suppression(backbone, some, neurons=order, counts=counts, cutoff=cutoff, layer=layer, **batch)
+    left = neurons.suppression(backbone, some, neurons=order, counts=counts, **same)
     parts["cause"] = fingerprint.cause(left)
     return found, neurons.by_block(order)
 
@@ -334,7 +342,8 @@ def diagnose(
     Args:
         backbone: The network.
         images: Open images, pixels (n, 3, height, width) in [0, 1], a folder or a data set's name, or a list of PIL images.
-        cut: A fixed cut-off on norms instead of the statistical rule.
+        cut: A fixed cut-off on norms instead of the statistical rule: the other parts are asked of the patches above it, but
+            whether these are a mode stays open, and with it the verdict.
         quick: Whether neurons and cause are left out.
         queries: Random queries of each image that attention sinks are estimated from; None for all, which takes several
             times as long.
@@ -373,7 +382,7 @@ def diagnose(
         warnings.filterwarnings(
             "ignore", r"(skipped \d+ of )?(\d+ of )?(the )?(\d+ )?images of "
         )  # the first pass has said it
-        verdict, found = _judge(backbone, images, seen, layers, quick, how)
+        verdict, found = _judge(backbone, images, seen, layers, cut, quick, how)
     unwatched = seen.whole.attrs.get("unwatched")
     result = Diagnosis(
         backbone.name,
@@ -382,7 +391,7 @@ def diagnose(
         int(norms.sizes["image"]),
         tuple(images.shape[-2:]) if pixels else images.size,
         verdict,
-        "two modes in log norm" if cut is None else f"fixed at {cut:g}",
+        _RULE if cut is None else f"fixed at {cut:g}",
         layers,
         skipped,
         found,

@@ -148,12 +148,13 @@ def strongest_mode(layers: pd.DataFrame) -> pd.Series | None:
     return moded.loc[moded.ratio.idxmax()] if len(moded) else None
 
 
-def mode(norms: xr.DataArray, layers: pd.DataFrame) -> Part:
+def mode(norms: xr.DataArray, layers: pd.DataFrame, fixed: float | None = None) -> Part:
     """Is there a second mode of patch norms?
 
     Args:
         norms: [image, layer, token].
         layers: `outliers.layer_evidence` of them.
+        fixed: The cut-off that was named in place of the rule; the answer is then "open", since no rule was applied.
 
     Returns:
         The strength (typical norm of marked patches over the median norm), with the share of patches in `more`.
@@ -163,6 +164,9 @@ def mode(norms: xr.DataArray, layers: pd.DataFrame) -> Part:
         deep = layers[layers.layer > 0]
         row = deep.loc[deep.largest.idxmax()]
         count = norms.sizes["image"]
+        if fixed is not None:
+            said = f"no patch above the fixed cut-off {fixed:g} at any layer; no rule was applied"
+            return Part("mode", "open", said, more={"largest": float(row.largest)})
         answer = "against" if row.largest < QUIET and count >= LEAST_IMAGES else "open"
         doubt = "" if count >= MANY else f"; {_number(count, 'image')} may hide a mild one: look at {MANY} or more"
         return Part(
@@ -177,10 +181,13 @@ def mode(norms: xr.DataArray, layers: pd.DataFrame) -> Part:
     share = arrays.bootstrap_ratio(marked.sum(1), np.full(len(marked), marked.shape[1]))
     moded = layers[(layers.layer > 0) & layers["cutoff"].notna()].layer
     rise = _rise(norms, marked, int(best.layer))
+    held = f"{100 * share[0]:.1f} % of the patches {_interval(100 * share[1], 100 * share[2], '.1f')}"
     sentence = (
-        f"a second mode at {strength:.2f} x the median norm {_interval(low, high)} holds {100 * share[0]:.1f} % of the "
-        f"patches {_interval(100 * share[1], 100 * share[2], '.1f')}; a mode at {_span('layer', moded.min(), moded.max())}, "
-        f"these patches above the others from layer {rise}"
+        f"a second mode at {strength:.2f} x the median norm {_interval(low, high)} holds {held}; a mode at "
+        f"{_span('layer', moded.min(), moded.max())}, these patches above the others from layer {rise}"
+        if fixed is None
+        else f"{held} lie above the fixed cut-off {fixed:g}, at {strength:.2f} x the median norm {_interval(low, high)}; "
+        "no rule was applied that tells whether they are a mode"
     )
     more = {
         "share": share[0],
@@ -190,7 +197,8 @@ def mode(norms: xr.DataArray, layers: pd.DataFrame) -> Part:
         "rise": rise,
     }
     more["separation"] = float(best.separation)
-    return Part("mode", "for", sentence, strength, low, high, 1.0, more | {"cutoff": float(best.cutoff)})
+    answer = "for" if fixed is None else "open"
+    return Part("mode", answer, sentence, strength, low, high, 1.0, more | {"cutoff": float(best.cutoff)})
 
 
 def _rise(norms: xr.DataArray, marked: np.ndarray, layer: int) -> int:
@@ -425,9 +433,9 @@ def cause(left: xr.Dataset) -> Part:
 def judge(parts: Mapping[str, Part]) -> tuple[str, str]:
     """Decide from the parts.
 
-    Without a mode: "none", or "inconclusive" where single norms are large or the images few. With one: "content" where place is
-    against an artifact; "artifacts" where place is for it, and so is attention, or neurons and cause together; else
-    "inconclusive".
+    Without a mode: "none", or "inconclusive" where single norms are large, the images few, or the cut-off fixed. With one:
+    "content" where place is against an artifact; "artifacts" where place is for it, and so is attention, or neurons and cause
+    together; else "inconclusive".
 
     Args:
         parts: By name; those that are missing were not measured.

@@ -27,7 +27,8 @@ from vitregs.models.backbone import Backbone
 LEAST_SHARE = 0.005  # of the shift, that a register neuron writes
 LEAST_CONTRAST = 4.0  # its mean on marked patches, in standard deviations of the others from theirs
 CALIBRATION = 32  # images that a cut-off is found on where none is named
-_KEPT = 1000  # marked and other patches each that spreads and AUCs are computed from
+_KEPT = 1000  # marked and other patches each that spreads and AUCs are computed from, at most
+_EACH = 4  # of either kind in an image, so that no image decides alone
 _RANKED = 256  # neurons of the largest shares whose AUC is computed
 _DRAWS = 200
 
@@ -43,7 +44,7 @@ class _Sums:
         self.sample: dict[int, list[Tensor]] = {b: [] for b in blocks}
         self.sampled: list[Tensor] = []
         self.taken = [0, 0]
-        self.draw = torch.Generator().manual_seed(seed)
+        self.seed, self.seen = seed, 0
 
     def add(self, held: dict[int, Tensor], state: Tensor, cutoff: float) -> None:
         """Add a batch: {block: activations (n, tokens, neurons)}, states (n, tokens, channels) at the layer, cut-off."""
@@ -61,12 +62,17 @@ class _Sums:
             self.sample[block].append(here.flatten(0, 1)[picked].half().cpu())
 
     def pick(self, marked: Tensor) -> Tensor:
-        """Draw the patches of a batch whose activations are kept, of either kind: → their numbers."""
+        """Draw the patches whose activations are kept, up to _EACH of either kind in an image, by draws of its own so that
+        batches do not matter: → their numbers in the batch."""
+        here, patches = marked.cpu(), marked.shape[1]
+        numbers = range(self.seen, self.seen + len(here))
+        self.seen += len(here)
+        lot = torch.from_numpy(np.stack([np.random.default_rng([self.seed, i]).random(patches) for i in numbers]))
         found = []
-        for i, kind in enumerate((marked, ~marked)):
-            there = kind.flatten().nonzero()[:, 0].cpu()
-            most = min(4 * len(marked), _KEPT - self.taken[i])  # so that no image decides alone
-            some = there[torch.randperm(len(there), generator=self.draw)[:most]]
+        for i, kind in enumerate((here, ~here)):
+            order = lot.where(kind, torch.inf).argsort(1)[:, :_EACH]
+            at = torch.arange(len(here))[:, None] * patches + order
+            some = at[kind.gather(1, order)][: _KEPT - self.taken[i]]
             self.taken[i] += len(some)
             found.append(some)
         return torch.cat(found).to(marked.device)
@@ -139,7 +145,8 @@ def search(
         found = outliers.find_cutoff(norms)
         if found.value is None:
             raise InputError(
-                f"no patch of {backbone.name} is marked at layer {layer}: {found}; name a cutoff to mark by"
+                f"no patch of {backbone.name} is marked at layer {layer}: {found}; mark at another layer (layer=…, --layer) "
+                "or above a cut-off that you name (cutoff=…, --cutoff)"
             )
         cutoff = found.value
     blocks = range(1, layer + 1)
@@ -320,6 +327,7 @@ def suppression(
     layer: int = -1,
     seed: int = 0,
     batch: int = 16,
+    precision: str = "float32",
 ) -> xr.Dataset:
     """Suppress more and more neurons, and as many random ones in the same blocks, and count what stays above the cut-off.
 
@@ -332,6 +340,7 @@ def suppression(
         layer: The layer at which patches are marked.
         seed: Of the random neurons.
         batch: Images at a time.
+        precision: Of the forward pass, as in `capture`.
 
     Returns:
         [which ("ranked", "random"), count, image]: share of its patches above the cut-off, largest (over the median), in the
@@ -351,8 +360,8 @@ def suppression(
                 chosen = test_time.random_neurons(backbone, chosen, seed=seed)
             if (count and chosen) or plain is None:
                 net = test_time.suppress(backbone, chosen) if chosen else backbone
-                norms = capture.norms(net, images, layers=[layer], batch=batch).isel(layer=0)
-                patch = arrays.patches(norms)
+                seen = capture.capture(net, images, norms=[layer], kinds="patch", batch=batch, precision=precision)
+                patch = seen["norms"].isel(layer=0)
                 found = (patch > cutoff).mean("token").values, (patch.max("token") / patch.median("token")).values
                 plain = found if not chosen else plain
             else:

@@ -113,6 +113,9 @@ def check(name: str) -> None:
     """
     network, ending = test_time.split(name)
     if ending:
+        inner, other = test_time.split(network)
+        if other:
+            raise InputError(f"a name takes one ending only, not {other}{ending}: {inner}{other} or {inner}{ending}")
         check(network)
         test_time.check_ending(network, ending)
         return

@@ -305,9 +305,8 @@ def append(
     if weight != 1 and count != 1:
         raise InputError("a weight stands for a number of tokens: append one token, or give none")
     if backbone.registers:
-        raise InputError(
-            f"{backbone.name} has {backbone.registers} registers: test-time registers are for networks without"
-        )
+        number = f"{backbone.registers} register{'' if backbone.registers == 1 else 's'}"
+        raise InputError(f"{backbone.name} has {number}: test-time registers are for networks without")
     original: Any = backbone.net
     if not hasattr(original, "norm_pre") or not hasattr(original, "set_input_size"):
         raise InputError(

@@ -12,6 +12,8 @@ from vitregs.measure import behaviour
 from vitregs.report.format import cell
 from vitregs.report.style import PALETTE, axes_grid
 
+_LINEAR = 2  # per cent up to which the axis of shares is linear, so that it has a 0
+
 
 def _rows(data: xr.Dataset) -> list[tuple[str, str, str]]:
     """What the table has a row for: → intervention, part, label; of images with bars the two parts, of others the whole."""
@@ -104,11 +106,12 @@ def plot_shares(found: Mapping[str, xr.Dataset], resolved: Mapping[str, xr.Datas
         spread = np.abs(ends[:, 1:] - ends[:, :1]).T
         left.errorbar(ends[:, 0], at, xerr=spread, fmt="o", ms=4, color=PALETTE[i], label=network)
         left.axvline(ends[0, 0], color=PALETTE[i], ls="--", lw=0.8)
-    left.set(yticks=range(len(labels)), yticklabels=labels, xscale="symlog", xlim=(-0.05, 100))
+    left.set(yticks=range(len(labels)), yticklabels=labels, xlim=(-0.05, 100))
+    left.set_xscale("symlog", linthresh=_LINEAR)
     left.set(xticks=[0, 1, 3, 10, 30, 100], xticklabels=["0", "1", "3", "10", "30", "100"])
     left.invert_yaxis()
     ratio = next(iter(found.values())).attrs["ratio"]
-    left.set_xlabel(f"patches above {ratio:g} x the median, %")
+    left.set_xlabel(f"patches above {ratio:g} x the median, % (linear to {_LINEAR}, logarithmic above)")
     for i, (network, data) in enumerate(resolved.items()):
         ends = 100 * behaviour.shares(data)["share"].values
         side = data["side"].values

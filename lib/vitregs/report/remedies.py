@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from vitregs import arrays
 from vitregs.data import published
@@ -173,13 +174,15 @@ def _baseline(data: xr.Dataset, name: str, dose: float) -> float:
 
 def plot_doses(curve_table: pd.DataFrame) -> Figure:
     """Quantities over the number of tokens: rows of `curves` → Figure, the paper's panels (Fig 8, trained registers) first, then
-    ours (zero tokens); bands are 95 % intervals over images, dotted lines baselines."""
+    ours (zero tokens); bands are 95 % intervals over images, dotted lines baselines. Where ours have more tokens than the paper,
+    a line tells where its range ends."""
     panels = list(dict.fromkeys(zip(curve_table["source"], curve_table["panel"], strict=True)))
-    columns = 3
+    columns, most = 3, curve_table.loc[curve_table["source"] == "paper", "tokens"].max()
     lines = -(-len(panels) // columns)
     figure, axes = axes_grid(lines, columns, 2.9 * columns, 2.2 * lines)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    handles: list[Line2D] = []
     for axis, (source, panel) in zip(axes.flat, panels, strict=False):
         part = curve_table[(curve_table["source"] == source) & (curve_table["panel"] == panel)].sort_values("tokens")
         at, colour = np.arange(len(part)), PALETTE[1 if source == "paper" else 0]
@@ -187,11 +190,17 @@ def plot_doses(curve_table: pd.DataFrame) -> Figure:
         axis.fill_between(at, part["low"], part["high"], color=colour, alpha=0.2, lw=0)
         if part["baseline"].notna().all():
             axis.plot(at, part["baseline"], ":", color="grey")
+        inside = int((part["tokens"] <= most).sum())
+        if 0 < inside < len(part):  # the paper has no more tokens than these
+            end = axis.axvline(inside - 0.5, color="grey", ls="--", lw=0.8, label=f"the paper's range ends at {most:g}")
+            handles = [end]
         if not part["value"].any():  # shares that are zero throughout have no scale of their own
             axis.set_ylim(0, 1)
         axis.set(xticks=at, xticklabels=[f"{n:g}" for n in part["tokens"]])
         axis.set_title(f"{panel} (paper)" if source == "paper" else panel, fontsize=8)
         axis.set_xlabel("trained registers" if source == "paper" else "zero tokens", fontsize=8)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center")
     return figure
 
 

@@ -67,10 +67,13 @@ def norm_edges(*values: np.ndarray) -> np.ndarray:
 
 
 def norm_histogram(
-    axis: Axes, x: np.ndarray, edges: np.ndarray, share: np.ndarray, colours: str = "viridis"
+    axis: Axes, x: np.ndarray, edges: np.ndarray, share: np.ndarray, colours: str = "viridis", *, true: bool = False
 ) -> QuadMesh:
-    """Draw a two-dimensional histogram with a column for each x, all equally wide: → what `share_bar` needs."""
-    sides = np.arange(len(x) + 1) - 0.5
+    """Draw a two-dimensional histogram with a column for each x, all equally wide, or from midway to midway on a true axis of
+    x: → what `share_bar` needs."""
+    middle = (x[1:] + x[:-1]) / 2
+    true = true and len(x) > 1
+    sides = np.concatenate([x[:1], middle, x[-1:]]) if true else np.arange(len(x) + 1) - 0.5
     mesh = axis.pcolormesh(
         sides, edges, np.where(share > 0, share, np.nan).T, cmap=colours, norm=LogNorm(1e-5, 1), rasterized=True
     )
@@ -79,7 +82,8 @@ def norm_histogram(
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set(xticks=np.arange(len(x))[::step], xticklabels=[f"{v:g}" for v in x[::step]])
+    if not true:
+        axis.set(xticks=np.arange(len(x))[::step], xticklabels=[f"{v:g}" for v in x[::step]])
     axis.grid(False)
     return mesh
 

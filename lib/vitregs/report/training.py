@@ -8,6 +8,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from vitregs.arrays import KINDS
 from vitregs.measure import outliers
@@ -131,7 +132,7 @@ def plot_training(histories: Mapping[str, xr.Dataset], layer: int) -> Figure:
         return note("no training history: only models of our zoo have one")
     layer = int(next(iter(histories.values()))["layer"][layer])
     figure_width = max(2.6, 4.4 - 0.45 * len(histories)) * len(histories)
-    figure, axes = axes_grid(2, len(histories), figure_width, 4.6, height_ratios=[2.2, 1], sharey="row")
+    figure, axes = axes_grid(2, len(histories), figure_width, 4.6, height_ratios=[2.2, 1], sharex="col", sharey="row")
     for column, (title, log) in zip(axes.T, histories.items(), strict=True):
         even = log.isel(step=_evenly(log["step"].values, 24))
         hist = even["hist"].sel(layer=layer).values
@@ -140,9 +141,9 @@ def plot_training(histories: Mapping[str, xr.Dataset], layer: int) -> Figure:
         used = np.flatnonzero(hist.sum(0))
         keep = slice(max(0, used.min() - 2), used.max() + 3)
         edges = np.append(centre[keep] / ratio**0.5, centre[keep][-1] * ratio**0.5)
-        mesh = norm_histogram(column[0], even["step"].values, edges, (hist / hist.sum(1, keepdims=True))[:, keep])
+        share = (hist / hist.sum(1, keepdims=True))[:, keep]
+        mesh = norm_histogram(column[0], even["step"].values, edges, share, true=True)
         column[0].set(title=f"{title}, layer {layer}")
-        column[0].tick_params(axis="x", rotation=45)
         for (name, label), colour in zip(SCORES.items(), (PALETTE[0], PALETTE[2]), strict=True):
             if name in log and log[name].notnull().any():
                 column[1].plot(log["step"], log[name], color=colour, label=label)
@@ -150,6 +151,7 @@ def plot_training(histories: Mapping[str, xr.Dataset], layer: int) -> Figure:
             log["step"], log["largest"].sel(layer=layer) / 10, color=PALETTE[1], label="largest / median ÷ 10"
         )
         column[1].set(xlabel="training step")
+        column[1].xaxis.set_major_locator(MaxNLocator(4))
     share_bar(figure, mesh, list(axes[0]))
     named = max((axis.get_legend_handles_labels() for axis in axes[1]), key=lambda found: len(found[1]))
     figure.legend(*named, loc="outside lower center", ncols=3)  # below all: inside it would cover the curves
