@@ -145,9 +145,9 @@ def test_where_to_add_names_files_that_exist() -> None:
 
 
 def test_one_module_watches_and_one_changes() -> None:
-    """`capture` looks at networks of others; `test_time` changes copies of its own."""
+    """`capture` looks at networks of others; `test_time` changes copies of its own; `precision` is about steps of training."""
     hooked = [n for n, f in MODULES.items() if re.search(r"register_\w*hook|TorchFunctionMode", f.read_text("utf-8"))]
-    assert sorted(hooked) == ["models.capture", "models.test_time"]
+    assert sorted(hooked) == ["models.capture", "models.test_time", "train.precision"]
 
 
 def test_arrays_and_tables_do_without_torch() -> None:
