@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,9 @@ from matplotlib.figure import Figure
 from vitregs import paths
 from vitregs.cache import load_dataset
 from vitregs.errors import InputError
-from vitregs.models import test_time
+from vitregs.models import registry, test_time
 from vitregs.report.style import PALETTE, axes_grid, note
-from vitregs.train import monitor
+from vitregs.train import monitor, recipes
 
 FOLDER = paths.ROOT / "data" / "results" / "regrowth"  # the history of a run in each file
 ANSWERS = {True: "yes", False: "no", None: "inconclusive"}
@@ -23,9 +24,19 @@ SEEDED = re.compile(r"(?P<arm>.+?)(?:-seed\d+)?")
 WITH = re.compile(r"(?P<start>.+?)(?:-reg(?P<registers>\d+))?")
 
 
-def histories(folder: Path = FOLDER) -> dict[str, xr.Dataset]:
-    """Read what was watched in the runs that start from a trained network: folder → {name of the run: history}."""
-    return {path.stem: load_dataset(path) for path in sorted(folder.glob("*.nc"))}
+def histories(*beginnings: str, folder: Path = FOLDER) -> dict[str, xr.Dataset]:
+    """Read what was watched in the runs that start from a trained network.
+
+    Args:
+        beginnings: Of the names of runs; without any, all runs are read.
+        folder: Holds a file for each.
+
+    Returns:
+        {name of the run: history}, in the order of the beginnings.
+    """
+    files = sorted(folder.glob("*.nc"))
+    chosen = [f for b in beginnings or ("",) for f in files if f.stem.startswith(b)]
+    return {path.stem: load_dataset(path) for path in dict.fromkeys(chosen)}
 
 
 def arms(runs: Mapping[str, xr.Dataset]) -> dict[str, list[xr.Dataset]]:
@@ -113,6 +124,51 @@ def outcomes(runs: Mapping[str, xr.Dataset]) -> pd.DataFrame:
                 "since step": ", ".join(_since(log, before) for log in logs),
                 "registers / patches": "–" if "registers" not in ends[0] else _over([ratios(x)[-1] for x in logs], 2),
                 "old neurons": ", ".join(_old(log, known) for log in logs),
+                "agreement, %": _over([100 * float(e["agreement"]) for e in ends], 0),
+                "accuracy, %": _over([100 * float(e["accuracy"]) for e in ends], 1),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _parameters(arm: str) -> int:
+    """Count the parameters of a run's network: name of its recipe → number."""
+    chosen = recipes.recipe(arm)
+    facts: dict[str, Any] = {"architecture": chosen.init, "num_classes": 1000, "reg_tokens": chosen.registers}
+    facts |= {"img_size": chosen.image_size, "pre_norm": chosen.patch_norm}
+    net = registry.build(facts | ({} if chosen.attention == "plain" else {"attention": chosen.attention}))
+    return sum(p.numel() for p in net.parameters())
+
+
+def remedies(runs: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """What remedies that are trained do to the same network.
+
+    Args:
+        runs: History of every run, by name.
+
+    Returns:
+        A row for each arm, mean over seeds and their range: parameters that are added in per cent, outliers in per cent of the
+        patches at the start and at the end, whether they are present at the end, the largest attention sink on a patch in fair
+        shares at the start and at the end, the fingerprint's verdict, agreement with the untouched network, and accuracy, in
+        per cent of the images.
+    """
+    before, rows = untouched(runs), []
+    plain = _parameters("regrow-kept")
+    for name, logs in arms(runs).items():
+        above = [100 * log["above"].isel(layer=-1).values for log in logs]
+        sinks = [log["sink"].sel(kind="patch").max("block").values for log in logs]
+        ends = [log.isel(step=-1) for log in logs]
+        rows.append(
+            {
+                "arm": name,
+                "seeds": len(logs),
+                "parameters, + %": f"{100 * (_parameters(name) / plain - 1):.2f}",
+                "outliers at the start, %": _over([a[0] for a in above], 1),
+                "at the end, %": _over([a[-1] for a in above], 1),
+                "present": _answer(logs, before),
+                "sink at the start": _over([s[0] for s in sinks], 1),
+                "sink at the end": _over([s[-1] for s in sinks], 1),
+                "verdict": ", ".join(dict.fromkeys(str(e["verdict"].values) for e in ends)),
                 "agreement, %": _over([100 * float(e["agreement"]) for e in ends], 0),
                 "accuracy, %": _over([100 * float(e["accuracy"]) for e in ends], 1),
             }
