@@ -65,9 +65,9 @@ def _wholes(_type: Any, tokens: Sequence[Token]) -> list[int]:
     return [int(token.value) for token in tokens]
 
 
-def _least(least: int) -> Callable[[Any, int], None]:
-    def check(_type: Any, value: int) -> None:
-        if value < least:
+def _least(least: int) -> Callable[[Any, int | None], None]:
+    def check(_type: Any, value: int | None) -> None:
+        if value is not None and value < least:
             raise ValueError(f"must be {least} or more, not {value}")
 
     return check

@@ -309,7 +309,7 @@ class Recipe:
         if self.init:
             own |= {"init": re.sub(r"@.*[/\\]", "@", self.init), "zeroed": Path(self.zeroed).name}
         if Path(self.data).expanduser().exists():
-            own["data"] = Path(self.data).resolve().name
+            own["data"] = Path(self.data).name
         return {"objective": self.objective.name, **own, **self._attention(), **asdict(self.objective)}
 
     def override(self, **changes: Any) -> "Recipe":
