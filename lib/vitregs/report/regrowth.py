@@ -1,7 +1,9 @@
 """Artifacts taken from a trained network, and what comes back while it is trained further (beside Fig 4b): tables and figures."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from vitregs.cache import load_dataset
 from vitregs.errors import InputError
 from vitregs.models import registry, test_time
 from vitregs.report.style import PALETTE, axes_grid, note
-from vitregs.train import monitor, recipes
+from vitregs.train import monitor
 
 FOLDER = paths.ROOT / "data" / "results" / "regrowth"  # the history of a run in each file
 ANSWERS = {True: "yes", False: "no", None: "inconclusive"}
@@ -131,12 +133,12 @@ def outcomes(runs: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _parameters(arm: str) -> int:
-    """Count the parameters of a run's network: name of its recipe → number."""
-    chosen = recipes.recipe(arm)
-    facts: dict[str, Any] = {"architecture": chosen.init, "num_classes": 1000, "reg_tokens": chosen.registers}
-    facts |= {"img_size": chosen.image_size, "pre_norm": chosen.patch_norm}
-    net = registry.build(facts | ({} if chosen.attention == "plain" else {"attention": chosen.attention}))
+def _parameters(log: xr.Dataset) -> int:
+    """Count the parameters of a run's network: its history → number."""
+    chosen = json.loads(log.attrs["recipe"])
+    facts: dict[str, Any] = {"architecture": chosen["init"], "num_classes": 1000, "reg_tokens": chosen["registers"]}
+    facts |= {"img_size": chosen["image_size"], "pre_norm": chosen["patch_norm"]}
+    net = registry.build(facts | ({"attention": chosen["attention"]} if "attention" in chosen else {}))
     return sum(p.numel() for p in net.parameters())
 
 
@@ -153,7 +155,7 @@ def remedies(runs: Mapping[str, xr.Dataset]) -> pd.DataFrame:
         per cent of the images.
     """
     before, rows = untouched(runs), []
-    plain = _parameters("regrow-kept")
+    plain = _parameters(runs["regrow-kept"])
     for name, logs in arms(runs).items():
         above = [100 * log["above"].isel(layer=-1).values for log in logs]
         sinks = [log["sink"].sel(kind="patch").max("block").values for log in logs]
@@ -162,7 +164,7 @@ def remedies(runs: Mapping[str, xr.Dataset]) -> pd.DataFrame:
             {
                 "arm": name,
                 "seeds": len(logs),
-                "parameters, + %": f"{100 * (_parameters(name) / plain - 1):.2f}",
+                "parameters, + %": f"{100 * (_parameters(logs[0]) / plain - 1):.2f}",
                 "outliers at the start, %": _over([a[0] for a in above], 1),
                 "at the end, %": _over([a[-1] for a in above], 1),
                 "present": _answer(logs, before),
@@ -224,7 +226,7 @@ def plot_runs(runs: Mapping[str, xr.Dataset]) -> Figure:
         return note("no run starts from a trained network")
     groups, before = arms(runs), untouched(runs)
     starts = list(dict.fromkeys(WITH.fullmatch(name)["start"] for name in groups))  # type: ignore[index]
-    shades = dict(zip(starts, PALETTE, strict=False))
+    shades = dict(zip(starts, cycle(PALETTE), strict=False))
     colours = {name: shades[WITH.fullmatch(name)["start"]] for name in groups}  # type: ignore[index]
     figure, axes = axes_grid(2, 2, 8.4, 6.2)
     bare = {n: g for n, g in groups.items() if "registers" not in g[0]}
