@@ -154,7 +154,7 @@ _ALL = [
     ),
     Recipe(
         "cure",
-        "DeiT-Tiny learns the tokens of DeiT-Tiny with its test-time register; 2 minutes on one CPU core with bf16, accuracy 0.12",
+        "DeiT-Tiny learns its own tokens with a test-time register; 2 minutes on one CPU core with bf16, accuracy 0.12",
         Distil("+tt1", "features"),
         **DEIT,
         steps=256,
