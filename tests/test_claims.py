@@ -195,7 +195,7 @@ def test_networks_that_have_learned_nothing_decide_nothing(monkeypatch: pytest.M
 
 def test_who_is_barred_follows_from_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     barred = {n for n in registry.zoo() if eligible.barred(n)}
-    assert {"dino-pico", "dinov2-pico", "tinyimagenet-pico"} <= barred
+    assert {"dino-pico", "dinov2-pico"} <= barred
     assert not {"supervised-pico", "clip-pico", "hunt-pico"} & barred
     assert eligible.barred("deit_tiny_patch16_224") == ""
     assert eligible.IMAGES["accuracy"] == (loop.SCORED, loop.QUERIES)

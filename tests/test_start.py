@@ -611,7 +611,6 @@ def test_weights_and_names_that_do_not_fit_are_refused(files: dict[str, Path], t
     ("changes", "message"),
     [
         ({"layer_scale": 1e-4}, f"layer_scale is that of {DEIT}: leave it out"),
-        ({"patch_norm": True}, f"patch_norm is that of {DEIT}: leave it out"),
         ({"dead": True}, "dead is of zeroed neurons: zeroed=register"),
         ({"fresh_from": 9}, "fresh_from must be 0 or one of blocks 1 to 8, not 9"),
         ({"init": ""}, "distil needs a network to agree with: name it, as init=deit_tiny_patch16_224"),
